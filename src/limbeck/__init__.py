@@ -1,0 +1,4 @@
+"""Small, cheap and good language models: SinKD, NOLA and KDRL, each from its paper.
+
+`limbeck.losses` and `limbeck.adapters` are pure torch; the rest makes the experiments reproducible.
+"""
