@@ -1,0 +1,62 @@
+# `make help` lists the targets. Everything runs from .venv, which the first target to need it makes from the lock.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export JUPYTER_PREFER_ENV_PATH := 1
+export TOKENIZERS_PARALLELISM := false
+export DVC_NO_ANALYTICS := 1
+EXHIBITS = $(patsubst notebooks/%.ipynb,%,$(filter-out %/train.ipynb,$(wildcard notebooks/*/*.ipynb)))
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test smoke figures full bench lab lint pipeline readme clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+$(READY): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+reproduce: $(READY)  ## fetch the assets, retrain the default profile, draw its exhibits, renew the table in README.md
+	dvc repro
+	python -m limbeck.readme
+	@echo "The verdicts are in README.md, the pictures and numbers in results/, the executed notebooks in results/default/executed/."
+
+test: $(READY) lint  ## lint, unit tests, slow tests and notebooks, in a temporary copy of the tree
+	python -m limbeck.assets
+	python tests/tree.py test
+
+smoke: $(READY)  ## the whole chain with the smoke profile, in a temporary copy of the tree
+	python -m limbeck.assets
+	python tests/tree.py smoke
+
+figures: $(READY)  ## draw the exhibits again from the committed records; nothing is retrained
+	dvc repro --single-item --force $(subst /,-,$(EXHIBITS))
+	python -m limbeck.readme
+
+full: $(READY)  ## the long experiments (hours on two cores; stop and continue at will)
+	dvc repro --allow-missing pipelines/full/dvc.yaml
+	python -m limbeck.readme
+
+lab: $(READY)  ## JupyterLab on localhost
+	jupyter lab --ip=127.0.0.1 notebooks
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+
+pipeline: $(READY)  ## write dvc.yaml and pipelines/full/dvc.yaml from the notebooks, their imports and params/
+	python -m limbeck.pipeline
+
+readme: $(READY)  ## renew the table in README.md from the exhibits
+	python -m limbeck.readme
+
+clean:  ## delete the environment and what was trained, not what was fetched
+	rm -rf $(VENV) data/checkpoints data/resume data/executed data/processed

@@ -1,0 +1,1 @@
+"""Data sets and task families, one file each: texts and labels in, splits out."""

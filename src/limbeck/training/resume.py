@@ -1,0 +1,51 @@
+"""The state of an interrupted run: one safetensors file, tensors and JSON together, replaced in one rename.
+
+One file, since of two a kill could leave one old and one new. A run that continues from it takes the same steps, to
+the bit, as one that was never interrupted: parameters, optimiser moments, the step and the curve so far are all of it.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def save(
+    path: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Write parameters, optimiser moments and a JSON-able state; the old file stays whole until the rename."""
+    tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, moment in optimiser.state[parameter].items():
+            tensors[f"{key}/{name}"] = moment
+    write_tensors(path, tensors, {"state": json.dumps(state)})
+
+
+def load(path: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Put a saved state back in place; returns its JSON part, or None where nothing was saved."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open does not iterate)
+        state = json.loads(file.metadata()["state"])
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            kind, name = key.split("/", 1)
+            if kind == "parameter":
+                parameters[name].copy_(tensor)
+            else:
+                optimiser.state[parameters[name]][kind] = tensor.to(parameters[name].device)
+    return state
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
+    os.replace(temporary, path)
