@@ -1,0 +1,136 @@
+"""The DVC pipelines, generated: `python -m limbeck.pipeline` writes dvc.yaml and pipelines/full/dvc.yaml.
+
+A stage a train notebook and experiment, and a stage an exhibit. Code dependencies are the import closure. Of a notebook
+only the source of its code cells counts (DVC reads them as parameters), so that saving it in Jupyter makes nothing
+stale. Of params files only the sections a stage reads count.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from limbeck import assets, closure, paths, records
+
+_HEADER = "# Generated from the notebooks, their imports and params/ by `make pipeline`; a test holds it to them.\n"
+_SHARED = ["device", "precision", "seeds", "threads"]
+
+
+def experiments(paper: str, profile: str) -> list[str]:
+    """The experiments of a paper that have a section for the profile."""
+    sections = yaml.safe_load((paths.PARAMS / f"{paper}.yaml").read_text())
+    return [name for name, profiles in sections.items() if profile in profiles]
+
+
+def papers() -> list[str]:
+    """The papers, by their train notebooks."""
+    return sorted(path.parent.name for path in paths.NOTEBOOKS.glob("*/train.ipynb"))
+
+
+def code(notebook: Path, experiment: str | None = None) -> list[str]:
+    """The package files that a notebook's code cells import, to the end, and the experiment's if it runs one."""
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    modules = set().union(*(closure.imports(cell.source) for cell in cells))
+    if experiment:
+        modules.add(f"limbeck.experiments.{notebook.parent.name}.{experiment}")
+    files = closure.files(*modules)
+    style = [path.with_name("limbeck.mplstyle") for path in files if path.name == "figures.py"]
+    return sorted(_relative(path) for path in [*files, *style])
+
+
+def inputs(notebook: Path, parameters: dict[str, Any]) -> list[str]:
+    """Every file, relative to the root, that a run of the notebook reads."""
+    paper, experiment = notebook.parent.name, parameters.get("experiment")
+    if experiment:
+        read = ["params.yaml", f"params/{paper}.yaml"]
+    else:
+        folder = paths.RESULTS / parameters["profile"] / paper / notebook.stem
+        read = [f"data/claims/{paper}.yaml", *map(_relative, folder.glob("*.json"))]
+    return sorted([_relative(notebook), *code(notebook, experiment), *read])
+
+
+def checksums(files: list[str]) -> dict[str, str]:
+    """sha256 of each file, relative to the root."""
+    return {file: hashlib.sha256((paths.ROOT / file).read_bytes()).hexdigest() for file in files}
+
+
+def stages(profile: str) -> dict[str, Any]:
+    """The stages of a profile; `profile` may be DVC's own variable."""
+    found: dict[str, Any] = {}
+    of = "default" if profile.startswith("$") else profile
+    for paper in papers():
+        for experiment in experiments(paper, of):
+            found[f"{paper}-{experiment}-train"] = _train(paper, experiment, profile, of)
+            found[f"{paper}-{experiment}"] = _exhibit(paper, experiment, profile)
+    return found
+
+
+def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]:
+    notebook = paths.NOTEBOOKS / paper / "train.ipynb"
+    section = yaml.safe_load((paths.PARAMS / f"{paper}.yaml").read_text())[experiment][of]
+    needed = [
+        f"data/raw/{value}" for value in section.values() if isinstance(value, str) and value in assets.manifest()
+    ]
+    return {
+        "cmd": f"python -m limbeck.notebooks {_relative(notebook)} experiment={experiment} profile={profile}",
+        "deps": sorted([*code(notebook, experiment), *needed]),
+        "params": [
+            {"params.yaml": _SHARED},
+            {f"params/{paper}.yaml": [f"{experiment}.{profile}"]},
+            {_relative(notebook): _sources(notebook)},
+        ],
+        "outs": [
+            {f"results/{profile}/{paper}/{experiment}": {"cache": False, "persist": True}},
+            {f"data/checkpoints/{profile}/{paper}/{experiment}": {"persist": True}},
+        ],
+    }
+
+
+def _exhibit(paper: str, exhibit: str, profile: str) -> dict[str, Any]:
+    notebook = paths.NOTEBOOKS / paper / f"{exhibit}.ipynb"
+    outs = [
+        f"results/{profile}/{paper}/{exhibit}.json",
+        f"results/{profile}/{paper}/{exhibit}.svg",
+        f"results/{profile}/executed/{paper}/{exhibit}.ipynb",
+    ]
+    return {
+        "cmd": f"python -m limbeck.notebooks {_relative(notebook)} profile={profile}",
+        "deps": sorted([*code(notebook), f"data/claims/{paper}.yaml", f"results/{profile}/{paper}/{exhibit}"]),
+        "params": [{_relative(notebook): _sources(notebook)}],
+        "outs": [{out: {"cache": False}} for out in outs],
+    }
+
+
+def _sources(notebook: Path) -> list[str]:
+    """The code cells' sources, as DVC names a place in a JSON file."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return [f"cells.{index}.source" for index, cell in enumerate(cells) if cell.cell_type == "code"]
+
+
+def _relative(path: Path) -> str:
+    return path.relative_to(paths.ROOT).as_posix()
+
+
+def texts() -> dict[Path, str]:
+    """Both pipeline files, as they must be."""
+    prepare = {
+        "cmd": "python -m limbeck.assets",
+        "deps": sorted(["data/assets.yaml", *map(_relative, closure.files("limbeck.assets"))]),
+        "outs": [{f"data/raw/{name}": {"persist": True}} for name in sorted(assets.manifest())],
+    }
+    full = {name: {"wdir": "../.."} | stage for name, stage in stages("full").items()}
+    return {
+        paths.ROOT / "dvc.yaml": _dump({"prepare": prepare} | stages("${profile}")),
+        paths.ROOT / "pipelines" / "full" / "dvc.yaml": _dump(full),
+    }
+
+
+def _dump(found: dict[str, Any]) -> str:
+    return _HEADER + yaml.safe_dump({"stages": found}, sort_keys=False, width=120)
+
+
+if __name__ == "__main__":
+    for path, text in texts().items():
+        records.replace_text(path, text)

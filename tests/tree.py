@@ -1,0 +1,63 @@
+"""A temporary copy of the tree, so that neither the tests nor a smoke run changes anything committed.
+
+`python tests/tree.py test` runs every test and notebook in a copy; `python tests/tree.py smoke` runs the whole chain
+there with the smoke profile.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RAW = ROOT / "data" / "raw"
+
+
+def copy(destination: Path, *, profile: str | None = None) -> Path:
+    """Copy what git would commit, with the fetched assets, and set the profile; returns the copy's root."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, destination / name)
+    if RAW.is_dir():
+        shutil.copytree(RAW, destination / "data" / "raw", copy_function=shutil.copy2)
+    if profile:
+        settings = destination / "params.yaml"
+        settings.write_text(settings.read_text().replace("profile: default", f"profile: {profile}", 1))
+    subprocess.run(["git", "init", "--quiet"], cwd=destination, check=True)
+    return destination
+
+
+def environment(root: Path) -> dict[str, str]:
+    """The environment in which the copy's package, and this interpreter's programs, come first."""
+    programs = Path(sys.executable).parent
+    return os.environ | {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(root / "src"),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def main(what: str) -> int:
+    """Run the tests or the smoke chain in a copy; returns the exit status."""
+    pytest = [sys.executable, "-m", "pytest", "tests", "notebooks", "--nbmake", "--nbmake-timeout=400"]
+    commands = {
+        "test": [*pytest, "--durations=15", "--cov", "--cov-report=term"],
+        "smoke": ["dvc", "repro"],
+    }
+    with tempfile.TemporaryDirectory(prefix="limbeck-") as folder:
+        root = copy(Path(folder).resolve(), profile="smoke" if what == "smoke" else None)
+        return subprocess.run(commands[what], cwd=root, env=environment(root), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
