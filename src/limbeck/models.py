@@ -28,29 +28,23 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(source(name))
 
 
-def load_encoder(name: str, *, classes: int, seed: int, **overrides: object) -> PreTrainedModel:
+def load_encoder(name: str, *, classes: int, seed: int) -> PreTrainedModel:
     """An encoder with a fresh classification head over `classes`, in float32, without dropout.
 
-    The head is drawn from N(0, initializer_range^2) by `seed`; transformers' own draw is discarded, and the global
-    generator is left as it was. `overrides` go to the config.
+    What the checkpoint lacks (the head, often a pooler) is drawn from N(0, initializer_range^2) by `seed`, biases 0;
+    transformers' own draw is discarded, and the global generator is left as it was.
     """
     off = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 0.0)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source(name), num_labels=classes, dtype=torch.float32, **off, **overrides
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            source(name), num_labels=classes, dtype=torch.float32, output_loading_info=True, **off
         )
-    return redraw_head(model, seed)
-
-
-def redraw_head(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Draw the classification head anew from N(0, initializer_range^2), biases 0; returns the model."""
-    generator = seeding.generator(seed, "head")
-    for name, parameter in model.named_parameters():
-        if not name.startswith(model.base_model_prefix):
-            fresh = torch.zeros_like(parameter, device="cpu")
-            if parameter.ndim > 1:
-                fresh.normal_(0.0, model.config.initializer_range, generator=generator)
-            parameter.data.copy_(fresh)
+    generator, parameters = seeding.generator(seed, "head"), dict(model.named_parameters())
+    for missing in sorted(loading["missing_keys"]):
+        fresh = torch.zeros(parameters[missing].shape)
+        if fresh.ndim > 1:
+            fresh.normal_(0.0, model.config.initializer_range, generator=generator)
+        parameters[missing].data.copy_(fresh)
     return model
 
 
@@ -75,7 +69,7 @@ def freeze_embeddings(model: PreTrainedModel) -> PreTrainedModel:
 class _FirstTokenLayer(BertLayer):
     """A BERT layer that computes its output at the first token only: keys and values of all tokens, one query."""
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: object) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: object, **__: object) -> Tensor:
         attention, first = self.attention.self, hidden_states[:, :1]
 
         def heads(x: Tensor) -> Tensor:

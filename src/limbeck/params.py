@@ -1,11 +1,13 @@
-"""Hyperparameters: params.yaml for what crosses the papers, params/<paper>.yaml for one section per experiment and profile.
+"""Hyperparameters: params.yaml for what crosses the papers, params/<paper>.yaml for the rest.
 
-A section loads into the frozen dataclass that its experiment declares; nothing has a default in code, so a number is
-written in one place. Unknown, missing and ill-typed keys are errors before anything runs.
+There, each experiment has a section a profile. A section loads into the frozen dataclass that its experiment declares;
+nothing has a default in code, so a number is written in one place. Unknown, missing and ill-typed keys are errors
+before anything runs.
 """
 
 import dataclasses
 import typing
+from collections.abc import Collection
 from typing import Any
 
 import yaml
@@ -33,13 +35,13 @@ class Settings:
         positive(threads=self.threads)
 
 
-def one_of(name: str, value: object, choices: typing.Collection) -> None:
+def one_of(name: str, value: object, choices: Collection) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
 
-def positive(**values: float) -> None:
+def positive(**values: float | int) -> None:
     """Raise ValueError naming the first value that is not above 0."""
     for name, value in values.items():
         if not value > 0:

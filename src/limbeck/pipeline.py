@@ -77,7 +77,7 @@ def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]
         "cmd": f"python -m limbeck.notebooks {_relative(notebook)} experiment={experiment} profile={profile}",
         "deps": sorted([*code(notebook, experiment), *needed]),
         "params": [
-            {"params.yaml": _SHARED},
+            {"params.yaml": list(_SHARED)},
             {f"params/{paper}.yaml": [f"{experiment}.{profile}"]},
             {_relative(notebook): _sources(notebook)},
         ],

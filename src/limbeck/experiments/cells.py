@@ -24,7 +24,7 @@ class Place:
 
     checkpoints: Path
     state: Path
-    records: dict[str, dict[str, Any]]
+    records: list[dict[str, Any]]
     device: torch.device
     precision: str
 

@@ -1,7 +1,7 @@
 """Text classification: examples, splits without duplicates, and token batches without much padding.
 
 A data set is named in the parameters: a task of this package, or a local folder or hub name for `datasets`, with the
-columns `text` and `label`. Texts that occur twice are kept once, and those with two labels are dropped, before splitting.
+columns `text` and `label`. Before splitting, a text that occurs twice is kept once, and one with two labels is dropped.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """MultiWOZ user acts: what a user says to a booking assistant, and which of 17 dialogue acts it is.
 
-Human utterances, delexicalised, grouped by act and slots in the templates that convlab ships (2.6 MB of JSON:
-{act: {"slot;slot;": [text, ...]}}); 40,073 texts, 33,648 different ones. convlab warns that some could be inappropriate.
+Human utterances, grouped by act and slots in the templates that convlab ships (3.3 MB of JSON:
+{act: {"slot;slot;": [text, ...]}}), 40,073 texts. convlab warns that some could be inappropriate.
 """
 
 import json

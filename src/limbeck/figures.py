@@ -1,0 +1,200 @@
+"""Figures: one style, one look an arm, and helpers that draw what they are given and compute nothing.
+
+An arm has the same label, colour and marker in every figure (colours after Okabe and Ito, told apart without red and
+green). Titles state the finding and are passed in; every interval is drawn, and the caption says over what.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:  # an exhibit's picture should not wait for scipy
+    from limbeck.intervals import Estimate
+
+STYLE = Path(__file__).with_name("limbeck.mplstyle")
+WIDTH = 7.2  # inches: about the text column of a README
+GREY = "#8a8a8a"
+
+
+class Look(NamedTuple):
+    """How an arm appears, everywhere."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+ARMS = {
+    "teacher": Look("Teacher", "#333333", "*"),
+    "ce": Look("Cross-entropy", "#8a8a8a", "o"),
+    "kl": Look("KL", "#0072b2", "s"),
+    "rkl": Look("Reverse KL", "#56b4e9", "v"),
+    "js": Look("Jensen–Shannon", "#009e73", "^"),
+    "tvd": Look("Total variation", "#cc79a7", "D"),
+    "l1": Look("L1", "#e69f00", "P"),
+    "sinkhorn": Look("Sinkhorn", "#d55e00", "o"),
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """The project's style, for the figures made inside."""
+    return plt.style.context(STYLE)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write an SVG, whole or not at all: no date, no version, fixed ids, so that the same figure gives the same bytes.
+
+    Text is drawn as paths, so that it looks alike wherever it is read. Raises ValueError for another suffix.
+    """
+    if path.suffix != ".svg":
+        raise ValueError(f"expected a path that ends in .svg, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with style():
+            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def panels(
+    count: int, *, columns: int = 1, height: float = 2.8, left: float = 1.2, bottom: float = 0.75
+) -> tuple[Figure, list[Axes]]:
+    """A figure of README width with `count` axes that share their scales.
+
+    Units: inches; `height` of one row, `left` and `bottom` of the margins for labels. Margins are fixed, since a layout
+    that is fitted to the text drifts in the last bits from one drawing to the next.
+    """
+    rows = -(-count // columns)
+    tall, right, top, across, between = rows * height, 0.15, 0.35, 0.4, 0.5
+    wide = (WIDTH - left - right - across * (columns - 1)) / columns
+    high = (tall - top - bottom - between * (rows - 1)) / rows
+    place = {"left": left / WIDTH, "right": 1 - right / WIDTH, "bottom": bottom / tall, "top": 1 - top / tall}
+    place |= {"wspace": across / wide, "hspace": between / high}
+    with style():
+        figure = plt.figure(figsize=(WIDTH, tall))
+        axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, gridspec_kw=place).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    for lowest in axes[:count][-columns:]:
+        lowest.tick_params(labelbottom=True)
+    return figure, axes[:count]
+
+
+def interval_plot(
+    axes: Axes,
+    estimates: Mapping[str, "Estimate"],
+    *,
+    xlabel: str,
+    points: Mapping[str, Sequence[float | int] | np.ndarray],
+    title: str = "",
+) -> Axes:
+    """Arms from top to bottom: mean as marker, interval as whisker, every replicate as a faint point beneath.
+
+    `xlabel` carries the unit. An arm with one replicate has no whisker and a hollow marker.
+    Raises ValueError for an arm without a look, or one whose points are not the replicates of its estimate.
+    """
+    _check_arms(estimates)
+    for arm, estimate in estimates.items():
+        if len(points.get(arm, ())) != estimate.count:
+            raise ValueError(f"expected the {estimate.count} replicates of {arm!r}, got {points.get(arm)}")
+    with style():
+        for row, (arm, estimate) in enumerate(estimates.items()):
+            _whisker(axes, row, ARMS[arm], estimate, points[arm])
+        axes.set_yticks(range(len(estimates)), [ARMS[arm].label for arm in estimates])
+        axes.set_ylim(len(estimates) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        axes.set_xlabel(xlabel)
+        place = {"xycoords": "axes fraction", "xytext": (0, -36), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(_caption(estimates), (0.5, 0), fontsize=7.5, color=GREY, va="top", **place)
+        axes.set_title(title)
+    return axes
+
+
+def _whisker(
+    axes: Axes, row: int, look: Look, estimate: "Estimate", points: Sequence[float | int] | np.ndarray
+) -> None:
+    axes.scatter(points, [row + 0.24] * estimate.count, s=11, color=look.colour, alpha=0.35, linewidths=0)
+    if estimate.low is not None:
+        axes.plot([estimate.low, estimate.high], [row, row], color=look.colour)
+    face = "white" if estimate.low is None else look.colour
+    axes.plot(estimate.mean, row, look.marker, color=look.colour, markerfacecolor=face, markersize=6.5)
+
+
+def toy_panels(
+    grid: ArrayLike,
+    teacher: ArrayLike,
+    fits: Mapping[str, ArrayLike],
+    *,
+    titles: Mapping[str, str],
+) -> Figure:
+    """One panel a divergence: the teacher filled, the students fitted to it as lines.
+
+    All are [grid]; a fit may be [starts, grid], its best start first: that one is drawn strong, the others faint.
+    Units: probability of one bin of the grid, for teacher and students alike.
+    Raises ValueError for an arm without a look or a title, and for shapes that do not fit the grid.
+    """
+    _check_arms(fits)
+    if set(titles) != set(fits):
+        raise ValueError(f"expected a title for each of {list(fits)}, got {list(titles)}")
+    shapes = {"teacher": np.shape(teacher)} | {arm: np.atleast_2d(fit)[0].shape for arm, fit in fits.items()}
+    if any(shape != np.shape(grid) for shape in shapes.values()) or any(np.ndim(fit) > 2 for fit in fits.values()):
+        raise ValueError(f"expected densities on a grid of {np.shape(grid)}, got {shapes}")
+    figure, axes = panels(len(fits), columns=min(2, len(fits)), height=2.3, left=0.8, bottom=0.85)
+    with style():
+        for axis, (arm, fit) in zip(axes, fits.items(), strict=True):
+            _toy_panel(axis, grid, teacher, arm, np.atleast_2d(fit))
+            axis.set_title(titles[arm])
+        axes[0].set(xlim=(grid[0], grid[-1]), ylim=(0, None))
+        for axis in axes[-2:]:
+            axis.set_xlabel("position x on the grid")
+        figure.supylabel("probability of a bin", x=0.01, fontsize=9, color="#444444")
+        _toy_legend(figure, starts=any(np.ndim(fit) == 2 and len(fit) > 1 for fit in fits.values()))
+    return figure
+
+
+def _toy_panel(axes: Axes, grid: ArrayLike, teacher: ArrayLike, arm: str, fits: np.ndarray) -> None:
+    colour = ARMS[arm].colour
+    axes.fill_between(grid, teacher, color=ARMS["teacher"].colour, alpha=0.16, linewidth=0)
+    axes.plot(grid, fits[1:].T, color=colour, alpha=0.4, linewidth=0.8)
+    axes.plot(grid, fits[0], color=colour)
+
+
+def _toy_legend(figure: Figure, *, starts: bool) -> None:
+    """One neutral key for all panels, since the titles name the divergences."""
+    keys = {
+        "teacher": Patch(color=ARMS["teacher"].colour, alpha=0.16, linewidth=0),
+        "best student": Line2D([], [], color=GREY),
+        "students from other starts": Line2D([], [], color=GREY, alpha=0.5, linewidth=0.8),
+    }
+    labels = list(keys)[: 3 if starts else 2]
+    figure.legend([keys[label] for label in labels], labels, loc="lower center", ncols=3)
+
+
+def _caption(estimates: Mapping[str, "Estimate"]) -> str:
+    """What marker, whisker and points are, and over how many replicates."""
+    counts = sorted({estimate.count for estimate in estimates.values()})
+    levels = sorted({estimate.level for estimate in estimates.values()})
+    over = "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    percent = " or ".join(f"{100 * level:.4g}" for level in levels)
+    return f"marker: mean; line: {percent} % t interval; points: each replicate (n = {over})"
+
+
+def _check_arms(arms: Mapping[str, object]) -> None:
+    if not arms:
+        raise ValueError("expected at least one arm to draw, got none")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise ValueError(f"expected arms among {', '.join(ARMS)}; got {', '.join(unknown)}")

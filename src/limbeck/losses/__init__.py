@@ -1,0 +1,1 @@
+"""Losses: functions of tensors, a scalar out, the gradient to the student or the policy only."""

@@ -1,0 +1,170 @@
+"""Records: what a run measured, one JSON file a cell; the only bridge from experiments to notebooks.
+
+A record holds compared fields only, so that the same cell run twice gives the same bytes. Times, versions and hosts
+are left out on purpose. An exhibit is the second kind of file: claims with their verdicts, and the table shown.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from limbeck import paths
+
+TYPES = {
+    "paper": str,
+    "experiment": str,
+    "cell": dict,
+    "profile": str,
+    "hash": str,
+    "params": dict,
+    "metrics": dict,
+    "curve": dict,
+    "trainable_parameters": int,
+    "dtype": str,
+}
+
+
+def cell_name(cell: Mapping[str, Any]) -> str:
+    """File stem of a cell: `arm=kl,seed=0`, coordinates in the order given.
+
+    Raises ValueError for an empty cell or for a character that a file name or this form cannot hold.
+    """
+    for name, value in cell.items():
+        if not isinstance(value, str | int | float) or not re.fullmatch(r"\w+", str(name), re.ASCII):
+            raise ValueError(f"a coordinate is a word with a string or a number, got {name!r}: {value!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(value)):
+            raise ValueError(f"coordinate {name!r} may hold letters, digits, '_', '.' and '-', got {value!r}")
+    if not cell:
+        raise ValueError("a cell needs at least one coordinate, such as {'arm': 'kl', 'seed': 0}, got none")
+    return ",".join(f"{name}={value}" for name, value in cell.items())
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Write one record: keys sorted, whole or not at all.
+
+    Raises ValueError, before anything is written, where a key is missing or unknown, a value has the wrong type, a
+    number is not finite, or a metric has no namespace.
+    """
+    _check(record, "record")
+    replace_text(path, _dumps(record))
+
+
+def read_one(path: Path) -> dict[str, Any]:
+    """The record in one file. Raises ValueError, naming the file, if it is torn or is not a record."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        _check(record, "record")
+    except ValueError as error:  # json's and unicode's errors are ValueErrors too
+        raise ValueError(f"{path} is not a whole record ({error}); delete it and run its experiment again") from None
+    return record
+
+
+def read(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
+    """Every record of one experiment, sorted by file name. Raises ValueError if there is none or one lies elsewhere."""
+    folder = paths.RESULTS / profile / paper / experiment
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise ValueError(f"expected records in {folder}, found none; `make reproduce` writes those of `default`")
+    runs = [read_one(path) for path in files]
+    for path, run in zip(files, runs, strict=True):
+        home = (run["profile"], run["paper"], run["experiment"])
+        if home != (profile, paper, experiment):
+            raise ValueError(f"{path} holds a record of {'/'.join(home)}; delete it and run its experiment again")
+    return runs
+
+
+def frame(runs: Sequence[Mapping[str, Any]], replicate: str = "seed") -> pd.DataFrame:
+    """Coordinates and metrics as columns; one row a record, or one row an element where metrics are lists.
+
+    The column `replicate` is the cell's own coordinate, or else counts the elements: 0, 1, 2 ...
+    A number is a list of one: beside a list it stands on the first row only, so it never counts as many replicates.
+    Raises ValueError if a record has lists of different lengths, or lists and a coordinate called `replicate`.
+    """
+    rows = []
+    for run in runs:
+        lists = {name: value if isinstance(value, list) else [value] for name, value in run["metrics"].items()}
+        lengths = {len(value) for value in lists.values()} - {1}
+        if len(lengths) > 1 or (lengths and replicate in run["cell"]):
+            sizes = {name: len(value) for name, value in lists.items()}
+            raise ValueError(f"expected lists of one length and no {replicate!r} in {run['cell']}, got lengths {sizes}")
+        for index in range(max(lengths, default=1)):
+            values = {name: value[index] for name, value in lists.items() if index < len(value)}
+            rows.append({replicate: index, **run["cell"], **values})
+    if not rows:
+        raise ValueError("expected at least one record, got none")
+    coordinates = list(dict.fromkeys(name for run in runs for name in run["cell"]))
+    metrics = list(dict.fromkeys(name for run in runs for name in run["metrics"]))
+    return pd.DataFrame(rows, columns=list(dict.fromkeys([*coordinates, replicate, *metrics])))
+
+
+def write_exhibit(
+    paper: str, exhibit: str, profile: str, *, claims: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]
+) -> Path:
+    """Write results/<profile>/<paper>/<exhibit>.json and return its path; null is allowed, NaN is not."""
+    content = {"paper": paper, "exhibit": exhibit, "profile": profile, "claims": list(claims), "table": list(table)}
+    _check_values(content, exhibit)
+    path = paths.RESULTS / profile / paper / f"{exhibit}.json"
+    replace_text(path, _dumps(content))
+    return path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary file beside it, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _dumps(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _check(record: Any, where: str) -> None:
+    if not isinstance(record, Mapping) or set(record) != set(TYPES):
+        got = sorted(record) if isinstance(record, Mapping) else record
+        raise ValueError(f"expected exactly the keys {', '.join(sorted(TYPES))}; got {got!r}")
+    for key, kind in TYPES.items():
+        if not isinstance(record[key], kind) or isinstance(record[key], bool):
+            raise ValueError(f"{where}.{key} must be {kind.__name__}, got {record[key]!r}")
+    _check_values(record, where)
+    cell_name(record["cell"])
+    if not record["metrics"]:
+        raise ValueError(f"{where}.metrics must name at least one metric, got none")
+    for name, value in record["metrics"].items():
+        if "/" not in name:
+            raise ValueError(f"{where}.metrics needs a namespace, such as eval/accuracy, got {name!r}")
+        if value == [] or not _numbers(value if isinstance(value, list) else [value]):
+            raise ValueError(f"{where}.metrics.{name} must be a number or a list of numbers, got {value!r}")
+    for name, value in record["curve"].items():
+        if not isinstance(value, list) or not _numbers(value):
+            raise ValueError(f"{where}.curve.{name} must be a list of numbers, got {value!r}")
+
+
+def _numbers(values: list) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _check_values(value: Any, where: str) -> None:
+    """Raise ValueError naming the first key path that JSON cannot hold exactly."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where} must have strings as keys, got {key!r}")
+            _check_values(item, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_values(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be finite, got {value!r}")
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(f"{where} must be a string, a number, a list or a mapping, got {type(value).__name__}")

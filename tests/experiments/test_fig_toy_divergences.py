@@ -1,0 +1,79 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from limbeck import params
+from limbeck.experiments.cells import Place
+from limbeck.experiments.sinkd import fig_toy_divergences as toy
+
+
+@pytest.fixture
+def section():
+    return params.load("sinkd", "fig_toy_divergences", "default", toy.Params)
+
+
+def drive(coordinates, section, folder):
+    cell = next(cell for cell in toy.cells(section, ()) if cell.coordinates == coordinates)
+    steps = toy.run(cell, section, Place(folder, folder / "state", [], torch.device("cpu"), "auto"))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def place(arm, components=1, minor=0.3, epsilon=0.0):
+    return {"arm": arm, "epsilon": epsilon, "minor_weight": minor, "components": components}
+
+
+def test_the_teacher_is_the_mixture_it_is_said_to_be():
+    grid = np.linspace(-10, 10, 401)
+    log_weights, means = torch.tensor([0.7, 0.3]).log(), torch.tensor([-3.0, 3.0])
+    found = toy.log_mixture(torch.tensor(grid, dtype=torch.float32), log_weights, means, torch.full((2,), 0.8)).exp()
+    density = 0.7 * stats.norm.pdf(grid, -3, 0.8) + 0.3 * stats.norm.pdf(grid, 3, 0.8)
+    np.testing.assert_allclose(found.numpy(), density / density.sum(), atol=1e-6)
+
+
+def test_a_gaussian_under_kl_reaches_the_teachers_moments_from_every_start(section, tmp_path):
+    """The minimiser of KL(teacher || Gaussian) has the teacher's mean -1.2 and variance 0.64 + 0.7 0.3 36."""
+    result = drive(place("kl"), section, tmp_path)
+    assert result.metrics["fit/mean"] == pytest.approx([-1.2] * section.starts, abs=0.02)
+    assert result.metrics["fit/deviation"] == pytest.approx([(0.64 + 0.21 * 36) ** 0.5] * section.starts, abs=0.02)
+
+
+def test_the_measures_are_exact_on_a_student_that_equals_the_teacher_and_on_a_shifted_one():
+    grid = torch.linspace(-10, 10, 101)
+    teacher = torch.zeros(101)
+    teacher[35] = teacher[65] = 0.5
+    measured = toy._measure(torch.stack([teacher, teacher.roll(5)]), teacher, grid)
+    assert measured["fit/wasserstein"].tolist() == pytest.approx([0.0, 1.0], abs=1e-5)
+    assert measured["fit/mean"].tolist() == pytest.approx([0.0, 1.0], abs=1e-5)
+    assert measured["fit/deviation"].tolist() == pytest.approx([3.0, 3.0], abs=1e-5)
+
+
+def test_the_best_start_is_drawn_and_the_best_of_those_at_the_other_mode():
+    students = torch.eye(4)
+    drawn = toy._drawn(students, torch.tensor([3.0, 1.0, 2.0, 0.5]), torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    assert torch.equal(drawn["student"], students[3])
+    assert torch.equal(drawn["other"], students[1])
+    assert "other" not in toy._drawn(students, torch.arange(4.0), torch.zeros(4))
+
+
+def test_starts_are_the_same_for_every_arm_and_do_not_touch_each_other(section, tmp_path):
+    few = dataclasses.replace(section, steps=5, starts=4)
+    more = dataclasses.replace(section, steps=5, starts=4, epsilons=(0.05,))
+    results = [drive(place("js"), s, tmp_path / str(i)) for i, s in enumerate((few, more))]
+    assert results[0] == results[1]
+    starts = toy._starts(few, 1)["mean"].detach()
+    assert starts.abs().max() <= 8
+    assert len(set(starts.flatten().tolist())) == 4
+
+
+@pytest.mark.slow
+def test_sinkhorn_runs_twice_to_the_same_bits(section, tmp_path):
+    few = dataclasses.replace(section, steps=10)
+    runs = [drive(place("sinkhorn", epsilon=0.01), few, tmp_path / name) for name in "ab"]
+    assert runs[0] == runs[1]

@@ -1,0 +1,172 @@
+import subprocess
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+mpl.use("Agg")
+
+from limbeck import figures, intervals
+
+GRID = np.linspace(-10, 10, 101)
+TEACHER = np.exp(-(GRID**2)) / np.exp(-(GRID**2)).sum()
+POINTS = {"kl": [0.80, 0.82, 0.81, 0.85, 0.79], "sinkhorn": [0.84, 0.86, 0.83, 0.88, 0.85], "teacher": [0.9]}
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    figures.plt.close("all")
+
+
+def whiskers(values=POINTS, points=None):
+    figure, (axes,) = figures.panels(1)
+    estimates = {arm: intervals.mean_interval(row) for arm, row in values.items()}
+    points = values if points is None else points
+    return figure, figures.interval_plot(axes, estimates, xlabel="accuracy", points=points, title="T")
+
+
+def toy(fits, titles=None):
+    return figures.toy_panels(GRID, TEACHER, fits, titles={arm: arm for arm in fits} if titles is None else titles)
+
+
+def test_every_arm_has_its_own_label_and_colour():
+    for part in ("label", "colour"):
+        assert len({getattr(look, part) for look in figures.ARMS.values()}) == len(figures.ARMS)
+
+
+def test_arms_of_one_marker_differ_in_lightness():
+    def lightness(colour):
+        return np.dot(mpl.colors.to_rgb(colour), [0.299, 0.587, 0.114])
+
+    looks = list(figures.ARMS.values())
+    for index, look in enumerate(looks):
+        for other in looks[:index]:
+            if look.marker == other.marker:
+                assert abs(lightness(look.colour) - lightness(other.colour)) > 0.05
+
+
+def test_whiskers_points_and_markers_stand_where_the_estimates_are():
+    _, axes = whiskers()
+    estimate = intervals.mean_interval(POINTS["kl"])
+    whisker, marker = axes.lines[0], axes.lines[1]
+    assert whisker.get_xdata() == pytest.approx([estimate.low, estimate.high])
+    assert float(np.ravel(marker.get_xdata())[0]) == pytest.approx(estimate.mean)
+    assert sorted(axes.collections[0].get_offsets()[:, 0]) == pytest.approx(sorted(POINTS["kl"]))
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["KL", "Sinkhorn", "Teacher"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+    assert (axes.get_title(loc="left"), axes.get_xlabel()) == ("T", "accuracy")
+
+
+def test_one_replicate_has_no_whisker_and_a_hollow_marker():
+    _, axes = whiskers({"teacher": [0.9]})
+    assert len(axes.lines) == 1
+    assert axes.lines[0].get_markerfacecolor() == "white"
+
+
+def test_the_caption_says_over_what_the_intervals_are():
+    _, axes = whiskers()
+    assert axes.texts[0].get_text() == "marker: mean; line: 95 % t interval; points: each replicate (n = 1–5)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"points": {}}, "5 replicates of 'kl', got None"),
+        ({"points": POINTS | {"sinkhorn": [0.5]}}, r"5 replicates of 'sinkhorn', got \[0.5\]"),
+    ],
+)
+def test_points_that_are_not_the_replicates_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        whiskers(POINTS, **changes)
+
+
+def test_an_arm_without_a_look_is_refused():
+    with pytest.raises(ValueError, match=r"expected arms among teacher.*got klx"):
+        whiskers({"klx": [0.5, 0.6]})
+    with pytest.raises(ValueError, match=r"expected arms among teacher.*got klx"):
+        toy({"klx": TEACHER})
+
+
+@pytest.mark.parametrize("draw", [whiskers, toy])
+def test_a_figure_of_nothing_is_refused(draw):
+    with pytest.raises(ValueError, match="at least one arm to draw"):
+        draw({})
+
+
+def test_toy_panels_draw_the_teacher_and_every_start():
+    figure = toy({"kl": TEACHER, "rkl": np.stack([TEACHER, TEACHER / 2, TEACHER / 3]), "js": TEACHER})
+    first, second, third = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["kl", "rkl", "js"]
+    assert [len(axes.lines) for axes in (first, second, third)] == [1, 3, 1]
+    assert all(len(axes.collections) == 1 for axes in figure.axes)
+    strong = max(second.lines, key=lambda line: line.get_linewidth())
+    assert strong.get_ydata() == pytest.approx(TEACHER)
+    assert strong.get_color() == figures.ARMS["rkl"].colour
+    assert second.get_xlabel() and third.get_xlabel() and figure.get_supylabel()
+
+
+def test_the_key_names_other_starts_only_where_there_are_some():
+    def labels(fits):
+        return [text.get_text() for text in toy(fits).legends[0].get_texts()]
+
+    assert labels({"kl": TEACHER}) == ["teacher", "best student"]
+    assert labels({"kl": np.stack([TEACHER, TEACHER])}) == ["teacher", "best student", "students from other starts"]
+
+
+@pytest.mark.parametrize(
+    ("fits", "titles", "message"),
+    [
+        ({"kl": TEACHER[:-1]}, None, r"on a grid of \(101,\), got .*100"),
+        ({"kl": np.ones((1, 2, 101))}, None, "on a grid of"),
+        ({"kl": TEACHER}, {"rkl": "x"}, r"title for each of \['kl'\], got \['rkl'\]"),
+    ],
+)
+def test_toy_panels_refuse_what_does_not_fit_the_grid_or_the_titles(fits, titles, message):
+    with pytest.raises(ValueError, match=message):
+        toy(fits, titles)
+
+
+def test_the_style_ends_with_its_block():
+    before = mpl.rcParams["font.size"], mpl.rcParams["axes.spines.top"]
+    with figures.style():
+        assert mpl.rcParams["axes.spines.top"] is False
+        whiskers()
+    assert (mpl.rcParams["font.size"], mpl.rcParams["axes.spines.top"]) == before
+
+
+def test_a_saved_figure_is_the_same_bytes_each_time_and_has_no_date(tmp_path):
+    figure, _ = whiskers()
+    figures.save(figure, tmp_path / "deep" / "a.svg")
+    figure.savefig(tmp_path / "shown.png", dpi=200)
+    figures.save(figure, tmp_path / "deep" / "b.svg")
+    figures.save(whiskers()[0], tmp_path / "deep" / "c.svg")
+    texts = {file.read_text() for file in (tmp_path / "deep").iterdir()}
+    assert len(list((tmp_path / "deep").iterdir())) == 3
+    assert len(texts) == 1
+    assert "<dc:date>" not in texts.copy().pop() and "Matplotlib v" not in texts.pop()
+
+
+def test_only_an_svg_is_saved_and_a_failure_leaves_nothing(tmp_path):
+    figure, axes = whiskers()
+    with pytest.raises(ValueError, match=r"ends in \.svg, got .*a\.png"):
+        figures.save(figure, tmp_path / "a.png")
+    axes.set_title("$\\broken{$")
+    with pytest.raises(ValueError, match="broken"):
+        figures.save(figure, tmp_path / "a.svg")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_saves_the_same_bytes_and_loads_neither_torch_nor_scipy(tmp_path):
+    code = (
+        "import sys, pathlib, numpy as np\nfrom limbeck import figures\n"
+        "assert not {'torch', 'scipy', 'pandas'} & set(sys.modules), 'figures must open in a second'\n"
+        "grid = np.linspace(-10, 10, 101); density = np.exp(-(grid**2)) / np.exp(-(grid**2)).sum()\n"
+        "figure = figures.toy_panels(grid, density, {'kl': np.stack([density] * 2)}, titles={'kl': 'kl'})\n"
+        "figures.save(figure, pathlib.Path(sys.argv[1]))\n"
+    )
+    environment = {"MPLBACKEND": "Agg", "PYTHONHASHSEED": "7", "PATH": ""}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "there.svg")], check=True, env=environment)
+    figures.save(toy({"kl": np.stack([TEACHER] * 2)}), tmp_path / "here.svg")
+    assert (tmp_path / "here.svg").read_bytes() == (tmp_path / "there.svg").read_bytes()

@@ -1,0 +1,61 @@
+"""Imports point one way, and results/*.json are the only bridge from experiments to exhibits."""
+
+import subprocess
+import sys
+
+import pytest
+
+from limbeck import closure, paths
+
+BELOW = {
+    "losses": {"losses", "seeding"},
+    "tasks": {"tasks", "assets", "paths", "seeding"},
+    "training": {"training", "losses"},
+    "models": {"models", "assets", "paths", "seeding"},
+    "evaluation": {"evaluation", "tasks", "assets", "paths", "seeding"},
+}
+EXHIBITS = ("records", "intervals", "rules", "claims", "figures", "readme")
+
+
+def parts(module):
+    package = paths.ROOT / "src" / "limbeck"
+    files = (file.relative_to(package) for file in closure.files(f"limbeck.{module}"))
+    return {file.parts[0].removesuffix(".py") for file in files} - {"__init__"}
+
+
+def modules(folder):
+    files = (paths.ROOT / "src" / "limbeck" / folder).rglob("*.py")
+    return [".".join(file.relative_to(paths.ROOT / "src" / "limbeck").with_suffix("").parts) for file in files]
+
+
+@pytest.mark.parametrize("layer", BELOW)
+def test_a_layer_knows_only_what_lies_below_it(layer):
+    for module in modules(layer) if (paths.ROOT / "src" / "limbeck" / layer).is_dir() else [layer]:
+        assert parts(module) <= BELOW[layer], module
+
+
+def test_experiments_know_no_figures_and_write_only_through_the_ledger():
+    for module in modules("experiments/sinkd"):
+        assert not parts(module) & {"figures", "claims", "notebooks", "readme", "records"}, module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", EXHIBITS)
+def test_what_draws_exhibits_never_loads_torch(module):
+    code = f"import sys, limbeck.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("file", sorted((paths.ROOT / "src").rglob("*.py")), ids=lambda file: file.stem)
+def test_a_module_keeps_to_its_budget(file):
+    lines = file.read_text().splitlines()
+    assert len(lines) <= 300
+    if len(lines) > 200:
+        assert "200 lines" in file.read_text().split('"""')[1], f"{file} has {len(lines)} lines and does not say why"
+
+
+def test_nothing_in_the_package_touches_a_global_generator():
+    words = ("manual_seed(", "np.random.seed", "random.seed(", "torch.load(", "pickle.load", "trust_remote_code=True")
+    for file in (paths.ROOT / "src").rglob("*.py"):
+        text = file.read_text().replace('Generator(device="cpu").manual_seed(', "")
+        assert not [word for word in words if word in text], file

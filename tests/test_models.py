@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from limbeck import models
+
+
+@pytest.fixture
+def encoder(tiny_bert):
+    return models.load_encoder(tiny_bert, classes=3, seed=0)
+
+
+def test_loading_draws_the_head_from_the_seed_and_leaves_the_global_state(tiny_bert, global_generators):
+    before = global_generators()
+    first = models.load_encoder(tiny_bert, classes=3, seed=1).classifier.weight
+    assert global_generators() == before
+    torch.rand(5)
+    assert torch.equal(models.load_encoder(tiny_bert, classes=3, seed=1).classifier.weight, first)
+    assert not torch.equal(models.load_encoder(tiny_bert, classes=3, seed=2).classifier.weight, first)
+
+
+def test_the_head_is_normal_with_the_initializer_range_to_five_sigma(tiny_bert):
+    weights = models.load_encoder(tiny_bert, classes=2000, seed=0).classifier.weight
+    assert weights.std().item() == pytest.approx(0.02, rel=5 / (2 * weights.numel()) ** 0.5)
+
+
+def test_a_student_computes_what_its_teacher_computes_in_its_first_layers(encoder):
+    ids = torch.arange(5, 13).reshape(2, 4)
+    student = models.first_layers(encoder, 2)
+    states = encoder(ids, output_hidden_states=True).hidden_states
+    assert torch.equal(student(ids, output_hidden_states=True).hidden_states[-1], states[2])
+    assert len(encoder.base_model.encoder.layer) == 3
+
+
+@pytest.mark.parametrize("layers", [0, 4])
+def test_a_student_deeper_than_its_teacher_is_refused(encoder, layers):
+    with pytest.raises(ValueError, match=f"between 1 and the model's 3, got {layers}"):
+        models.first_layers(encoder, layers)
+
+
+def test_reading_only_the_first_token_changes_neither_values_nor_gradients(encoder):
+    ids = torch.arange(5, 17).reshape(3, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    spared = models.read_first_token(models.first_layers(encoder, 3)).double()
+    whole = models.first_layers(encoder, 3).double()
+    assert type(spared.base_model.encoder.layer[-1]) is not type(whole.base_model.encoder.layer[-1])
+    for masks in (mask, torch.ones_like(mask)):
+        outputs = [model(ids, attention_mask=masks).logits for model in (spared, whole)]
+        torch.testing.assert_close(*outputs, atol=1e-12, rtol=0)
+        for model, output in zip((spared, whole), outputs, strict=True):
+            model.zero_grad()
+            output.square().sum().backward()
+        for (name, left), right in zip(spared.named_parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(left.grad, right.grad, atol=1e-12, rtol=0, msg=name)
+
+
+def test_frozen_embeddings_are_left_out_of_what_is_trained(encoder):
+    names = models.trainable(models.freeze_embeddings(encoder))
+    assert names
+    assert not [name for name in names if "embeddings" in name]
+
+
+def test_bfloat16_is_chosen_only_where_it_is_faster(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert models.precision("auto", width=384, where=cpu) is torch.bfloat16
+    assert models.precision("auto", width=128, where=cpu) is torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert models.precision("auto", width=384, where=cpu) is torch.float32
+    assert models.precision("auto", width=1, where=torch.device("cuda")) is torch.bfloat16
+    assert models.precision("bfloat16", width=1, where=cpu) is torch.bfloat16
+
+
+def test_a_device_can_be_named_or_found():
+    assert models.device("cpu") == torch.device("cpu")
+    assert models.device("auto").type in ("cpu", "cuda")

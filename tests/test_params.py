@@ -1,0 +1,114 @@
+import shutil
+from dataclasses import dataclass
+
+import pytest
+import yaml
+
+from limbeck import params, paths
+
+
+@dataclass(frozen=True)
+class Section:
+    rate: float
+    name: str
+    sizes: tuple[int, ...]
+
+
+GOOD = {"rate": 1, "name": "a", "sizes": [1, 2]}
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+
+    def write(section):
+        (tmp_path / "toy.yaml").write_text(yaml.safe_dump({"experiment": {"default": section}}))
+
+    return write
+
+
+def test_a_section_becomes_the_dataclass_with_lists_as_tuples(write):
+    write(GOOD)
+    assert params.load("toy", "experiment", "default", Section) == Section(1.0, "a", (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra": 1}, "unknown key extra; expected name, rate, sizes"),
+        ({"rate": "fast"}, "rate must be float, got 'fast'"),
+        ({"rate": True}, "rate must be float, got True"),
+        ({"sizes": 3}, r"sizes must be tuple.*got 3"),
+        ({"sizes": [1.5]}, "sizes must be int, got 1.5"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_was_expected(write, change, message):
+    write(GOOD | change)
+    with pytest.raises(ValueError, match=message):
+        params.load("toy", "experiment", "default", Section)
+
+
+def test_a_missing_key_is_named(write):
+    write({"rate": 1.0, "name": "a"})
+    with pytest.raises(ValueError, match="missing key sizes"):
+        params.load("toy", "experiment", "default", Section)
+
+
+def test_an_unknown_experiment_profile_or_file_lists_what_there_is(write):
+    write(GOOD)
+    with pytest.raises(ValueError, match=r"experiment must be one of experiment; got 'other'"):
+        params.load("toy", "other", "default", Section)
+    with pytest.raises(ValueError, match=r"must be one of default; got 'full'"):
+        params.load("toy", "experiment", "full", Section)
+    with pytest.raises(ValueError, match=r"expected a parameter file at"):
+        params.load("absent", "experiment", "default", Section)
+
+
+@pytest.mark.parametrize("change", [{"profile": "big"}, {"threads": 0}, {"precision": "float8"}, {"colour": "red"}])
+def test_params_yaml_is_checked(tmp_path, monkeypatch, change):
+    good = yaml.safe_load((paths.ROOT / "params.yaml").read_text())
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(good | change))
+    with pytest.raises(ValueError, match=next(iter(change))):
+        params.settings()
+
+
+def test_every_committed_section_loads_into_its_experiment():
+    import importlib  # noqa: PLC0415
+
+    for file in paths.PARAMS.glob("*.yaml"):
+        for experiment, profiles in yaml.safe_load(file.read_text()).items():
+            module = importlib.import_module(f"limbeck.experiments.{file.stem}.{experiment}")
+            assert set(profiles) <= set(params.PROFILES)
+            for profile in profiles:
+                section = params.load(file.stem, experiment, profile, module.Params)
+                assert len({str(cell.coordinates) for cell in module.cells(section, [0, 1])}) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("table_divergences", {"epsilon": -0.1}, "epsilon must be above 0, got -0.1"),
+        ("table_divergences", {"arms": ["ce", "wasserstein"]}, "arm must be one of .*'wasserstein'"),
+        ("table_divergences", {"split_sizes": [10]}, "split_sizes must hold"),
+        ("fig_toy_divergences", {"epsilons": [0.1, -1.0]}, "epsilon must be above 0, got -1.0"),
+        ("fig_toy_divergences", {"arms": ["hellinger"]}, "arm must be one of"),
+    ],
+)
+def test_what_no_type_can_say_is_refused_before_anything_runs(tmp_path, monkeypatch, name, change, message):
+    from limbeck.experiments import ledger  # noqa: PLC0415
+
+    sections = yaml.safe_load((paths.PARAMS / "sinkd.yaml").read_text())
+    sections[name]["smoke"] |= change
+    shutil.copy(paths.ROOT / "params.yaml", tmp_path)
+    for constant in ("ROOT", "PARAMS", "RESULTS", "DATA"):
+        monkeypatch.setattr(paths, constant, tmp_path / ("" if constant == "ROOT" else constant.lower()))
+    monkeypatch.setattr("limbeck.closure.module_file", lambda _: tmp_path)
+    monkeypatch.setattr("limbeck.closure.digest", lambda *_: "code")
+    paths.PARAMS.mkdir()
+    (paths.PARAMS / "sinkd.yaml").write_text(yaml.safe_dump(sections))
+    with pytest.raises(ValueError, match=message):
+        ledger.run("sinkd", name, "smoke")
+    assert not paths.RESULTS.exists()
+    assert not paths.DATA.exists()

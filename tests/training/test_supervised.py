@@ -1,0 +1,124 @@
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from limbeck.training import resume, supervised
+
+
+def problem(seed=0):
+    """A small regression whose loss on a batch depends on the rows: parameters, and the loss of rows."""
+    source = torch.Generator().manual_seed(seed)
+    inputs, targets = torch.randn(12, 3, generator=source), torch.randn(12, generator=source)
+    parameters = {"weight": nn.Parameter(torch.zeros(3)), "bias": nn.Parameter(torch.zeros(()))}
+
+    def loss(rows):
+        error = inputs[rows] @ parameters["weight"] + parameters["bias"] - targets[rows]
+        return {"loss/fit": error.square().mean(), "loss/size": 0.1 * parameters["weight"].square().sum()}
+
+    return parameters, loss
+
+
+BATCHES = [torch.tensor([i % 12, (i + 5) % 12]) for i in range(10)]
+SETTINGS = {"learning_rate": 0.1, "clip_norm": 1.0, "save_every": 3}
+
+
+def finish(steps):
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+def test_a_step_is_textbook_adamw_with_linear_decay_and_clipping(tmp_path):
+    parameters, loss = problem()
+    finish(supervised.fit(parameters, loss, BATCHES, state=tmp_path / "state", **SETTINGS))
+    twin, twin_loss = problem()
+    first, second = ({name: torch.zeros_like(p) for name, p in twin.items()} for _ in range(2))
+    for step, rows in enumerate(BATCHES):
+        gradients = torch.autograd.grad(sum(twin_loss(rows).values()), list(twin.values()))
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        for (name, parameter), gradient in zip(twin.items(), gradients, strict=True):
+            gradient = gradient * min(1.0, 1.0 / (norm + 1e-6))  # noqa: PLW2901
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            corrected = (second[name] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            rate = 0.1 * (1 - step / len(BATCHES))
+            parameter.data -= rate * first[name] / (1 - 0.9 ** (step + 1)) / corrected
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(parameter, twin[name], atol=1e-5, rtol=1e-5)
+
+
+def test_the_curve_is_the_mean_of_every_term_over_windows_and_the_rest(tmp_path):
+    parameters, loss = problem()
+    steps = list(supervised.fit(parameters, loss, BATCHES, state=tmp_path / "a", **SETTINGS))
+    other, other_loss = problem()
+    curve = finish(supervised.fit(other, other_loss, BATCHES, state=tmp_path / "b", **SETTINGS))
+    for name in ("loss/fit", "loss/size", "optimiser/gradient_norm"):
+        values = [record[name] for record in steps]
+        windows = [values[0:3], values[3:6], values[6:9], values[9:]]
+        assert curve[name] == pytest.approx([sum(w) / len(w) for w in windows])
+    assert [(record["step"], record["steps"]) for record in steps] == [(i + 1, 10) for i in range(10)]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 9, 10])
+def test_a_run_stopped_anywhere_and_continued_equals_an_unbroken_one_to_the_bit(tmp_path, stop):
+    whole, loss = problem()
+    curve = finish(supervised.fit(whole, loss, BATCHES, state=tmp_path / "whole", **SETTINGS))
+    broken, broken_loss = problem()
+    list(itertools.islice(supervised.fit(broken, broken_loss, BATCHES, state=tmp_path / "s", **SETTINGS), stop))
+    again, again_loss = problem()
+    taken = 0
+
+    def counted(rows):
+        nonlocal taken
+        taken += 1
+        return again_loss(rows)
+
+    continued = finish(supervised.fit(again, counted, BATCHES, state=tmp_path / "s", **SETTINGS))
+    assert continued == curve
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert taken == 10 - 3 * ((stop - 1) // 3)
+
+
+def test_the_state_is_one_safetensors_file_with_the_step_in_it(tmp_path):
+    parameters, loss = problem()
+    list(itertools.islice(supervised.fit(parameters, loss, BATCHES, state=tmp_path / "s" / "state", **SETTINGS), 4))
+    assert [file.name for file in (tmp_path / "s").iterdir()] == ["state"]
+    with safe_open(tmp_path / "s" / "state", "pt") as file:
+        assert json.loads(file.metadata()["state"])["step"] == 3
+        assert {key.split("/")[0] for key in file.keys()} == {"parameter", "exp_avg", "exp_avg_sq", "step"}  # noqa: SIM118
+
+
+def test_an_interrupted_write_leaves_the_old_state_whole(tmp_path, monkeypatch):
+    resume.write_tensors(tmp_path / "state", {"x": torch.ones(2)})
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(resume.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        resume.write_tensors(tmp_path / "state", {"x": torch.zeros(2)})
+    with safe_open(tmp_path / "state", "pt") as file:
+        assert torch.equal(file.get_tensor("x"), torch.ones(2))
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    parameters, _ = problem()
+    steps = supervised.fit(
+        parameters, lambda _: {"loss/bad": parameters["bias"] * torch.nan}, BATCHES, state=tmp_path / "s", **SETTINGS
+    )
+    with pytest.raises(RuntimeError, match="non-finite"):
+        next(steps)
+
+
+def test_the_gradient_norm_is_that_of_all_parameters_and_accumulates_nothing():
+    parameters, _ = problem()
+    value = 3 * parameters["weight"][0] + 4 * parameters["bias"]
+    assert supervised.gradient_norm(parameters, value) == pytest.approx(5.0)
+    assert parameters["bias"].grad is None
