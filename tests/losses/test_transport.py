@@ -392,3 +392,19 @@ def test_what_is_not_finite_is_an_error():
             loss(broken, teacher)
     with pytest.raises(ValueError, match="finite"):
         transport.sinkhorn_plan(torch.full((2, 2), float("nan")))
+
+
+@pytest.mark.parametrize("gradient", ["unrolled", "envelope"])
+@pytest.mark.parametrize("epsilon", [0.002, 0.05])
+def test_the_matrix_products_of_a_shared_cost_equal_the_sums_of_exponentials(monkeypatch, epsilon, gradient):
+    student = torch.randn(4, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 6
+    teacher = torch.randn(4, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64).softmax(1)
+    found = []
+    for deepest in (transport.DEEPEST, float("inf")):
+        monkeypatch.setattr(transport, "DEEPEST", deepest)
+        logits = student.clone().requires_grad_()
+        options = {"epsilon": epsilon, "iterations": 50, "scale": 1 / 29, "gradient": gradient}
+        values = transport.sample_index_cost_per_row(logits.softmax(1), teacher, **options)
+        found.append((values, *torch.autograd.grad(values.sum(), logits)))
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-10, rtol=1e-9)

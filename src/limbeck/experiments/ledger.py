@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 
 from limbeck import closure, models, params, paths, records
@@ -39,6 +40,8 @@ def run(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
     ledger = Ledger(paper, experiment, profile, closure.digest(module_name))
     cells = module.cells(section, settings.seeds)
     torch.set_num_threads(settings.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for position, cell in enumerate(cells):
         if ledger.is_stale(cell, cells):
             label = (

@@ -1,0 +1,183 @@
+"""What DVC would run: nothing after a commit, and after a change exactly what depends on it."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+import yaml
+
+import tree
+from limbeck import paths, pipeline
+
+TRAIN = {f"sinkd-{name}-train" for name in ("fig_toy_divergences", "table_divergences")}
+DRAW = {f"sinkd-{name}" for name in ("fig_toy_divergences", "table_divergences")}
+
+
+def test_the_committed_pipelines_are_those_that_the_notebooks_imports_and_params_give():
+    for path, text in pipeline.texts().items():
+        assert path.read_text() == text, "run `make pipeline`"
+
+
+def test_every_stage_of_full_writes_to_full_and_every_other_to_the_chosen_profile():
+    for name, stage in pipeline.stages("full").items():
+        assert all("/full/" in next(iter(out)) for out in stage["outs"]), name
+    for stage in pipeline.stages("${profile}").values():
+        assert all("/${profile}/" in next(iter(out)) for out in stage["outs"])
+
+
+def test_a_training_stage_never_depends_on_how_things_are_drawn():
+    for name, stage in pipeline.stages("${profile}").items():
+        drawn = {"src/limbeck/figures.py", "src/limbeck/limbeck.mplstyle", "src/limbeck/claims.py"}
+        assert bool(drawn & set(stage["deps"])) == (not name.endswith("-train"))
+
+
+def test_the_inputs_of_a_run_are_whole_files_that_exist():
+    for paper in pipeline.papers():
+        for experiment in pipeline.experiments(paper, "default"):
+            folder = paths.NOTEBOOKS / paper
+            found = pipeline.inputs(folder / "train.ipynb", {"experiment": experiment, "profile": "default"})
+            assert f"params/{paper}.yaml" in found
+            assert all((paths.ROOT / file).is_file() for file in found)
+            assert set(pipeline.checksums(found)) == set(found)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    return tree.copy(tmp_path_factory.mktemp("tree"))
+
+
+def dvc(root, *arguments):
+    done = subprocess.run(
+        ["dvc", *arguments], cwd=root, env=tree.environment(root), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def stale(root):
+    """The stages of which a dependency or parameter changed since dvc.lock."""
+    found = json.loads(dvc(root, "status", "--json"))
+    return {stage for stage, why in found.items() if any("changed deps" in entry for entry in why if entry)}
+
+
+def after(root, name, change):
+    """What `change` of a file's text makes stale; the file is put back."""
+    path = root / name
+    text = path.read_text()
+    try:
+        path.write_text(change(text))
+        return stale(root)
+    finally:
+        path.write_text(text)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_to_run_in_what_is_committed(copy):
+    assert stale(copy) == set()
+    planned = dvc(copy, "repro", "--dry", "--allow-missing")
+    assert "Running stage" not in planned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "old", "new", "expected"),
+    [
+        ("src/limbeck/figures.py", "#d55e00", "#d55e01", DRAW),
+        ("src/limbeck/limbeck.mplstyle", "font.size: 9", "font.size: 10", DRAW),
+        ("src/limbeck/losses/transport.py", "import math", "import math\n", TRAIN),
+        ("src/limbeck/tasks/multiwoz_acts.py", "import json", "import json\n", {"sinkd-table_divergences-train"}),
+        ("params.yaml", "seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 2, 3, 4, 5]", TRAIN),
+        ("data/claims/sinkd.yaml", "id: kl-over-ce", "id: kl-before-ce", DRAW),
+    ],
+)
+def test_a_change_makes_stale_exactly_what_depends_on_it(copy, name, old, new, expected):
+    assert old in (copy / name).read_text()
+    assert after(copy, name, lambda text: text.replace(old, new, 1)) == expected
+
+
+@pytest.mark.slow
+def test_a_changed_section_makes_only_its_experiment_stale(copy):
+    def change(text):
+        sections = yaml.safe_load(text)
+        sections["fig_toy_divergences"]["default"]["steps"] += 1
+        sections["table_divergences"]["smoke"]["epochs"] += 1
+        return yaml.safe_dump(sections)
+
+    assert after(copy, "params/sinkd.yaml", change) == {"sinkd-fig_toy_divergences-train"}
+
+
+@pytest.mark.slow
+def test_saving_a_notebook_in_jupyter_makes_nothing_stale_but_changing_its_code_does(copy):
+    def save(text):
+        opened = nbformat.reads(text, as_version=4)
+        opened.metadata["language_info"] = {"name": "python", "version": "3.11.7", "mimetype": "text/x-python"}
+        for count, cell in enumerate(opened.cells):
+            cell.metadata["collapsed"] = False
+            if cell.cell_type == "code":
+                cell.execution_count = count
+                cell.outputs = [nbformat.v4.new_output("stream", text="out")]
+        return nbformat.writes(opened)
+
+    def edit(text):
+        return text.replace('exhibit = \\"fig_toy', 'exhibit  = \\"fig_toy')
+
+    name = "notebooks/sinkd/fig_toy_divergences.ipynb"
+    assert after(copy, name, save) == set()
+    assert after(copy, name, edit) == {"sinkd-fig_toy_divergences"}
+
+
+@pytest.mark.slow
+def test_a_cache_of_python_makes_nothing_stale(copy):
+    for folder in ("src/limbeck/__pycache__", "results/default/sinkd/table_divergences/__pycache__"):
+        (copy / folder).mkdir(parents=True, exist_ok=True)
+        (copy / folder / "x.cpython-311.pyc").write_bytes(b"x")
+    assert stale(copy) == set()
+
+
+def train(root, log):
+    command = [sys.executable, "-m", "limbeck.notebooks", "notebooks/sinkd/train.ipynb"]
+    command += ["experiment=table_divergences", "profile=smoke"]
+    return subprocess.Popen(
+        command, cwd=root, env=tree.environment(root), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def records(root):
+    folder = root / "results" / "smoke" / "sinkd" / "table_divergences"
+    return {path.name: path for path in folder.glob("*.json")}
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_a_cell_goes_on_there_and_ends_like_an_unbroken_one(tmp_path):
+    roots = [tree.copy((tmp_path / name).resolve()) for name in ("whole", "killed")]
+    for root in roots:
+        settings = root / "params.yaml"
+        settings.write_text(settings.read_text().replace("seeds: [0, 1, 2, 3, 4]", "seeds: [0]"))
+    whole, killed = roots
+    with (tmp_path / "log").open("w") as log:
+        assert train(whole, log).wait() == 0, (tmp_path / "log").read_text()
+        running = train(killed, log)
+        for _ in itertools.takewhile(lambda _: running.poll() is None, itertools.count()):
+            if len(records(killed)) >= 3 and list((killed / "data" / "resume").glob("*/state.safetensors")):
+                break
+            time.sleep(0.002)
+        family = [*psutil.Process(running.pid).children(recursive=True), psutil.Process(running.pid)]
+        for process in family:
+            os.kill(process.pid, 9)
+        running.wait()
+        states = list((killed / "data" / "resume").glob("*/state.safetensors"))
+        assert states, "the kill must fall into a cell that has saved a step"
+        done = {name: path.stat().st_mtime_ns for name, path in records(killed).items()}
+        assert train(killed, log).wait() == 0, (tmp_path / "log").read_text()
+    assert {name: path.read_bytes() for name, path in records(killed).items()} == {
+        name: path.read_bytes() for name, path in records(whole).items()
+    }
+    assert len(done) < len(records(whole))
+    assert {name: records(killed)[name].stat().st_mtime_ns for name in done} == done
+    assert not list((killed / "data" / "resume").glob("*/state.safetensors"))
