@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
-EXHIBITS = $(patsubst notebooks/%.ipynb,%,$(filter-out %/train.ipynb,$(wildcard notebooks/*/*.ipynb)))
+EXHIBITS = $(shell sed -nE "s|^  ([a-z]+-[a-z_]+):|\1|p" dvc.yaml | grep -v -- "-train")
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce test smoke figures full bench lab lint pipeline readme clean
@@ -38,11 +38,17 @@ smoke: $(READY)  ## the whole chain with the smoke profile, in a temporary copy 
 	python tests/tree.py smoke
 
 figures: $(READY)  ## draw the exhibits again from the committed records; nothing is retrained
-	dvc repro --single-item --force $(subst /,-,$(EXHIBITS))
+	dvc repro --single-item --force $(EXHIBITS)
 	python -m limbeck.readme
 
 full: $(READY)  ## the long experiments (hours on two cores; stop and continue at will)
+	python -m limbeck.assets
 	dvc repro --allow-missing pipelines/full/dvc.yaml
+	python -m limbeck.readme
+
+bench: $(READY)  ## time the losses against their alternatives, in one process
+	python -m limbeck.assets
+	python -m limbeck.notebooks notebooks/sinkd/table_cost.ipynb
 	python -m limbeck.readme
 
 lab: $(READY)  ## JupyterLab on localhost
@@ -59,4 +65,4 @@ readme: $(READY)  ## renew the table in README.md from the exhibits
 	python -m limbeck.readme
 
 clean:  ## delete the environment and what was trained, not what was fetched
-	rm -rf $(VENV) data/checkpoints data/resume data/executed data/processed
+	rm -rf $(VENV) data/checkpoints data/resume data/executed

@@ -354,3 +354,16 @@ def test_a_claim_file_with_a_mistake_is_refused(write_claims, entries, message):
 def test_a_paper_without_claims_names_the_file_it_wants(write_claims):
     with pytest.raises(ValueError, match=r"claims/nola\.yaml, found none"):
         claims.load("nola")
+
+
+@pytest.mark.parametrize(("middle", "expected"), [(0.5, "agrees in direction"), (-0.1, "inconclusive")])
+def test_an_order_that_most_pairs_keep_but_the_means_break_is_inconclusive(middle, expected):
+    """a < b < c < d < e is stated; with b below a, nine pairs of ten keep it and tau is 0.8 for every seed."""
+    level = {"a": 0.0, "b": middle, "c": 1.0, "d": 2.0, "e": 3.0}
+    frame = pd.DataFrame(
+        [{"arm": arm, "seed": seed, "eval/x": x + seed} for arm, x in level.items() for seed in range(6)]
+    )
+    rule = {"kind": "monotone", "metric": "eval/x", "order": [{"arm": arm} for arm in "abcde"]}
+    [decision] = claims.decide([claims.Claim("order", "e", "s", "s", "r", rule)], frame)
+    assert decision["ours"] == pytest.approx(1.0 if middle > 0 else 0.8)
+    assert decision["verdict"] == expected

@@ -1,4 +1,7 @@
+import json
+
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,3 +132,29 @@ def test_intervals_at_holm_levels_exclude_0_exactly_when_holm_rejects():
             intervals.mean_interval(sample, level=level) for sample, level in zip(samples, levels, strict=True)
         ]
         assert [not est.low <= 0 <= est.high for est in estimates] == holm_rejects(p_values, 0.05)
+
+
+def test_a_summary_has_a_row_a_group_and_metric_and_none_where_nothing_was_measured():
+    frame = pd.DataFrame(
+        {"arm": ["a", "a", "b"], "size": [1, 1, 2], "eval/x": [1.0, 3.0, 5.0], "eval/y": [None, None, 2.0]}
+    )
+    rows = intervals.summarise(frame, by=["arm", "size"], metrics=["eval/x", "eval/y"])
+    assert [(row["arm"], row["size"], row["metric"], row["mean"], row["count"]) for row in rows] == [
+        ("a", 1, "eval/x", 2.0, 2),
+        ("b", 2, "eval/x", 5.0, 1),
+        ("b", 2, "eval/y", 2.0, 1),
+    ]
+    expected = stats.ttest_1samp([1.0, 3.0], 0).confidence_interval()
+    assert (rows[0]["low"], rows[0]["high"]) == pytest.approx((expected.low, expected.high))
+    json.dumps(rows)
+
+
+@pytest.mark.parametrize("by", [["arm"], ["arm", "size"]])
+def test_the_shown_table_keeps_the_order_of_groups_and_metrics_and_marks_gaps(by):
+    frame = pd.DataFrame({"arm": ["b", "a", "a"], "size": [9, 1, 1], "eval/y": [1, 2, 4], "eval/x": [0.5, None, None]})
+    table = intervals.show(intervals.summarise(frame, by=by, metrics=["eval/y", "eval/x"]))
+    assert list(table.columns) == ["eval/y", "eval/x"]
+    assert list(table["eval/x"]) == ["0.5", "–"]
+    assert table["eval/y"].iloc[0] == "1"
+    assert table["eval/y"].iloc[1].startswith("3 [-")
+    assert list(table.index.get_level_values("arm")) == ["b", "a"]

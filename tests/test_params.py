@@ -65,7 +65,9 @@ def test_an_unknown_experiment_profile_or_file_lists_what_there_is(write):
         params.load("absent", "experiment", "default", Section)
 
 
-@pytest.mark.parametrize("change", [{"profile": "big"}, {"threads": 0}, {"precision": "float8"}, {"colour": "red"}])
+@pytest.mark.parametrize(
+    "change", [{"profile": p} for p in ("big", "full")] + [{"threads": 0}, {"precision": "float8"}, {"colour": "red"}]
+)
 def test_params_yaml_is_checked(tmp_path, monkeypatch, change):
     good = yaml.safe_load((paths.ROOT / "params.yaml").read_text())
     monkeypatch.setattr(paths, "ROOT", tmp_path)

@@ -65,6 +65,7 @@ def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]
 
     `ours` is the mean of left - right, of Kendall's tau for `monotone`, of left for `exact` and `report`.
     Holm's family is every claim with a test and enough replicates: pass the claims of one exhibit, all of them.
+    An order agrees in direction only if it holds for the means over replicates as well.
     A claim whose arms are not in the frame is "not tested". Raises ValueError for a metric or a coordinate that is no
     column, and for sides that were not measured on the same replicates.
     """
@@ -72,7 +73,11 @@ def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]
     family = [i for i, claim in enumerate(claims) if rules.tested(claim.rule, measured[i])]
     p_values = [rules.p_value(claims[i].rule, measured[i]) for i in family]
     levels = dict(zip(family, intervals.holm_levels(p_values, alpha=ALPHA), strict=True))
-    return [_decision(claim, measured[i], levels.get(i, 1 - ALPHA)) for i, claim in enumerate(claims)]
+    decisions = [_decision(claim, measured[i], levels.get(i, 1 - ALPHA)) for i, claim in enumerate(claims)]
+    for claim, decision in zip(claims, decisions, strict=True):
+        if decision["verdict"] == "agrees in direction" and not _holds(claim.rule, frame):
+            decision["verdict"] = "inconclusive"
+    return decisions
 
 
 def table(decisions: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -95,11 +100,25 @@ def _measure(rule: Mapping[str, Any], frame: pd.DataFrame) -> np.ndarray | None:
     _check_matched(parts, replicate, others)
     if rule["kind"] == "exact":
         return parts[0][metric].to_numpy(dtype=float)
-    means = np.stack([part.groupby(replicate)[metric].mean().to_numpy(dtype=float) for part in parts], axis=1)
+    means = _means(parts, metric, replicate)
     if rule["kind"] == "monotone":
         taus = [stats.kendalltau(range(len(sides)), row).statistic for row in means]
         return np.nan_to_num(taus)  # equal values throughout have no order, hence tau 0
     return means[:, 0] - (means[:, 1] if len(sides) == 2 else rule.get("right", 0.0))
+
+
+def _means(parts: Sequence[pd.DataFrame], metric: str, replicate: str) -> np.ndarray:
+    """The metric of every side, items averaged: [replicate, side]."""
+    return np.stack([part.groupby(replicate)[metric].mean().to_numpy(dtype=float) for part in parts], axis=1)
+
+
+def _holds(rule: Mapping[str, Any], frame: pd.DataFrame) -> bool:
+    """Whether the means over replicates stand in the stated order, each below the next; other rules say it by sign."""
+    if rule["kind"] != "monotone":
+        return True
+    parts = [_select(frame.dropna(subset=[rule["metric"]]), side) for side in rule["order"]]
+    means = _means(parts, rule["metric"], rule.get("replicate", "seed")).mean(axis=0)
+    return bool((np.diff(means) > 0).all())
 
 
 def _select(frame: pd.DataFrame, side: Mapping[str, Any]) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """Figures: one style, one look an arm, and helpers that draw what they are given and compute nothing.
 
-An arm has the same label, colour and marker in every figure (colours after Okabe and Ito, told apart without red and
-green). Titles state the finding and are passed in; every interval is drawn, and the caption says over what.
+An arm has the same label, colour (after Okabe and Ito: told apart without red and green) and marker everywhere. Titles
+state the finding and are passed in; every interval is drawn, and the caption says over what.
 """
 
 import os
@@ -43,6 +43,9 @@ ARMS = {
     "tvd": Look("Total variation", "#cc79a7", "D"),
     "l1": Look("L1", "#e69f00", "P"),
     "sinkhorn": Look("Sinkhorn", "#d55e00", "o"),
+    "recipe": Look("cdist and autograd", "#999933", "X"),
+    "pot": Look("POT", "#882255", "p"),
+    "geomloss": Look("geomloss", "#44aa99", "h"),
 }
 
 
@@ -51,13 +54,14 @@ def style() -> AbstractContextManager[None]:
     return plt.style.context(STYLE)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, *, note: str = "") -> None:
     """Write an SVG, whole or not at all: no date, no version, fixed ids, so that the same figure gives the same bytes.
 
-    Text is drawn as paths, so that it looks alike wherever it is read. Raises ValueError for another suffix.
+    Text is drawn as paths, to look alike everywhere; `note` stands small in a corner. ValueError for another suffix.
     """
     if path.suffix != ".svg":
         raise ValueError(f"expected a path that ends in .svg, got {path}")
+    figure.text(0.995, 0.008, note, ha="right", fontsize=6.5, color=GREY)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -73,15 +77,13 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """A figure of README width with `count` axes that share their scales.
 
-    Units: inches; `height` of one row, `left` and `bottom` of the margins for labels. Margins are fixed, since a layout
-    that is fitted to the text drifts in the last bits from one drawing to the next.
+    Units: inches, of a row and of the margins; fixed, since a fitted layout drifts in the last bits between drawings.
     """
     rows = -(-count // columns)
     tall, right, top, across, between = rows * height, 0.15, 0.35, 0.4, 0.5
-    wide = (WIDTH - left - right - across * (columns - 1)) / columns
-    high = (tall - top - bottom - between * (rows - 1)) / rows
+    wide, high = WIDTH - left - right - across * (columns - 1), tall - top - bottom - between * (rows - 1)
     place = {"left": left / WIDTH, "right": 1 - right / WIDTH, "bottom": bottom / tall, "top": 1 - top / tall}
-    place |= {"wspace": across / wide, "hspace": between / high}
+    place |= {"wspace": across * columns / wide, "hspace": between * rows / high}
     with style():
         figure = plt.figure(figsize=(WIDTH, tall))
         axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, gridspec_kw=place).flat)
@@ -124,9 +126,7 @@ def interval_plot(
     return axes
 
 
-def _whisker(
-    axes: Axes, row: int, look: Look, estimate: "Estimate", points: Sequence[float | int] | np.ndarray
-) -> None:
+def _whisker(axes: Axes, row: int, look: Look, estimate: "Estimate", points: Sequence[float] | np.ndarray) -> None:
     axes.scatter(points, [row + 0.24] * estimate.count, s=11, color=look.colour, alpha=0.35, linewidths=0)
     if estimate.low is not None:
         axes.plot([estimate.low, estimate.high], [row, row], color=look.colour)
@@ -178,7 +178,7 @@ def _toy_legend(figure: Figure, *, starts: bool) -> None:
     keys = {
         "teacher": Patch(color=ARMS["teacher"].colour, alpha=0.16, linewidth=0),
         "best student": Line2D([], [], color=GREY),
-        "students from other starts": Line2D([], [], color=GREY, alpha=0.5, linewidth=0.8),
+        "best student at the other mode": Line2D([], [], color=GREY, alpha=0.5, linewidth=0.8),
     }
     labels = list(keys)[: 3 if starts else 2]
     figure.legend([keys[label] for label in labels], labels, loc="lower center", ncols=3)

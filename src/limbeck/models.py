@@ -29,15 +29,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_encoder(name: str, *, classes: int, seed: int) -> PreTrainedModel:
-    """An encoder with a fresh classification head over `classes`, in float32, without dropout.
+    """An encoder with a fresh classification head over `classes`, in float32, in evaluation mode: without dropout.
 
     What the checkpoint lacks (the head, often a pooler) is drawn from N(0, initializer_range^2) by `seed`, biases 0;
     transformers' own draw is discarded, and the global generator is left as it was.
     """
-    off = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"), 0.0)
     with torch.random.fork_rng(devices=[]):
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source(name), num_labels=classes, dtype=torch.float32, output_loading_info=True, **off
+            source(name), num_labels=classes, dtype=torch.float32, output_loading_info=True
         )
     generator, parameters = seeding.generator(seed, "head"), dict(model.named_parameters())
     for missing in sorted(loading["missing_keys"]):
@@ -49,7 +48,9 @@ def load_encoder(name: str, *, classes: int, seed: int) -> PreTrainedModel:
 
 
 def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """A copy that keeps the first `layers` encoder layers, the pooler and the head."""
+    """A copy of a BERT-like model that keeps the first `layers` encoder layers, the pooler and the head."""
+    if not hasattr(getattr(model.base_model, "encoder", None), "layer"):
+        raise ValueError(f"expected a BERT-like model with layers in .encoder.layer, got {type(model).__name__}")
     held = model.config.num_hidden_layers
     if not 1 <= layers <= held:
         raise ValueError(f"layers must be between 1 and the model's {held}, got {layers}")

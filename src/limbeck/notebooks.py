@@ -57,7 +57,7 @@ def run(path: Path, given: dict[str, Any]) -> Path:
     """Execute a notebook and return where its executed copy lies."""
     notebook = nbformat.read(path, as_version=4)
     parameters = check_parameters(notebook, given)
-    name = parameters.get("experiment", path.stem)
+    name = f"{parameters['experiment']}-{path.stem}" if "experiment" in parameters else path.stem
     inputs = pipeline.inputs(path, parameters)
     before = pipeline.checksums(inputs)
     raw = paths.DATA / "executed" / parameters["profile"] / path.parent.name / f"{name}.ipynb"

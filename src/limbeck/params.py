@@ -30,6 +30,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the choices that no type can."""
+        if self.profile == "full":
+            raise ValueError("profile full has a pipeline of its own: run `make full`, and leave params.yaml as it was")
         one_of("profile", self.profile, PROFILES)
         one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
         positive(threads=self.threads)

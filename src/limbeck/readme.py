@@ -12,7 +12,7 @@ from limbeck import paths, records
 
 BEGIN, END = "<!-- claims:begin -->", "<!-- claims:end -->"
 PAPERS = {"sinkd": "SinKD", "nola": "NOLA", "kdrl": "KDRL"}
-PROFILES = ("default", "full", "paper")
+PROFILES = ("default", "full", "paper", "bench")
 NONE_YET = "No exhibit has been written yet; `make reproduce` writes them."
 
 

@@ -20,6 +20,7 @@ def experiment(tmp_path, monkeypatch):
     """An experiment `toy` of paper `p`: a teacher that leaves a file, then a cell a seed; it tells what it ran."""
     module = types.ModuleType("limbeck.experiments.p.toy")
     module.Params, module.ran, module.code, module.seeds, module.profile = Params, [], "code", (0, 1), "default"
+    module.precision = "float32"
 
     def cells(section, seeds):
         inputs = {"rate": section.rate}
@@ -45,7 +46,7 @@ def experiment(tmp_path, monkeypatch):
     monkeypatch.setattr(params, "load", lambda *_: Params(module.rate))
     settings = params.settings()
     monkeypatch.setattr(
-        params, "settings", lambda: params.Settings("default", 1, settings.device, "float32", module.seeds)
+        params, "settings", lambda: params.Settings("default", 1, settings.device, module.precision, module.seeds)
     )
     for constant in ("RESULTS", "DATA"):
         monkeypatch.setattr(paths, constant, tmp_path / constant.lower())
@@ -81,8 +82,8 @@ def test_an_added_seed_runs_alone_and_a_dropped_one_takes_its_record_along(exper
     assert len(list((paths.RESULTS / "default" / "p" / "toy").iterdir())) == 2
 
 
-@pytest.mark.parametrize("change", [{"rate": 3.0}, {"code": "other"}])
-def test_another_parameter_or_other_code_makes_every_cell_stale(experiment, change):
+@pytest.mark.parametrize("change", [{"rate": 3.0}, {"code": "other"}, {"precision": "bfloat16"}])
+def test_another_parameter_precision_or_other_code_makes_every_cell_stale(experiment, change):
     experiment.go()
     vars(experiment).update(change)
     assert experiment.go()[0] == ALL

@@ -1,10 +1,11 @@
 """Which cells of an experiment are missing or stale, and the running of those.
 
-A cell's hash covers its coordinates, its inputs (hyperparameters, checksums of assets) and the code of its experiment's
-import closure. A cell is settled when its record carries that hash and the hash is in the list of what was run with
-the checkpoints at hand (`settled.json`, beside them). So a fresh clone, which has records but no checkpoints,
-retrains; a killed run goes on where it was; and an added seed runs alone. The records of `full` take hours, and are
-taken as they were committed.
+A cell's hash covers its coordinates, its inputs (hyperparameters, checksums of assets), the machine's part of
+params.yaml (threads, device, precision) and the code of its experiment's import closure. A cell is settled when its
+record carries that hash and the hash is in the list of what was run with the checkpoints at hand (`settled.json`,
+beside them). So a fresh clone, which has records but no checkpoints, retrains; a killed run goes on where it was;
+and an added seed runs alone. The records of `full` take hours, and are taken as they were committed; if one is
+added on another machine, its teacher is trained again there.
 """
 
 import hashlib
@@ -37,7 +38,9 @@ def run(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
     module = importlib.import_module(module_name)
     settings = params.settings()
     section = params.load(paper, experiment, profile, module.Params)
-    ledger = Ledger(paper, experiment, profile, closure.digest(module_name))
+    device = models.device(settings.device)
+    machine = [settings.threads, settings.device, settings.precision]
+    ledger = Ledger(paper, experiment, profile, [*machine, closure.digest(module_name)], device.type)
     cells = module.cells(section, settings.seeds)
     torch.set_num_threads(settings.threads)
     transformers.logging.set_verbosity_error()
@@ -51,7 +54,7 @@ def run(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
                 ledger.checkpoints,
                 ledger.state(cell),
                 [ledger.record(c) for c in cells[:position]],
-                models.device(settings.device),
+                device,
                 settings.precision,
             )
             ledger.settle(cell, _drive(module, cell, section, place, label))
@@ -75,11 +78,12 @@ def _drive(module: ModuleType, cell: Cell, section: Any, place: Place, label: st
 class Ledger:
     """The records of one experiment, and which of them stand."""
 
-    def __init__(self, paper: str, experiment: str, profile: str, code: str) -> None:
+    def __init__(self, paper: str, experiment: str, profile: str, common: list, device: str) -> None:
         self.identity = {"paper": paper, "experiment": experiment, "profile": profile}
-        self.code = code
+        self.common = common
         self.results = paths.RESULTS / profile / paper / experiment
         self.checkpoints = paths.DATA / "checkpoints" / profile / paper / experiment
+        self.resume = paths.DATA / "resume" / profile / paper / experiment / device
         self.settled_file = self.checkpoints / "settled.json"
         self.settled: set[str] = (
             set(json.loads(self.settled_file.read_text())) if self.settled_file.is_file() else set()
@@ -87,7 +91,7 @@ class Ledger:
 
     def hash(self, cell: Cell) -> str:
         """What the cell's record must carry to stand."""
-        parts = [self.identity["paper"], self.identity["experiment"], cell.coordinates, cell.inputs, self.code]
+        parts = [self.identity["paper"], self.identity["experiment"], cell.coordinates, cell.inputs, *self.common]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def path(self, cell: Cell) -> Path:
@@ -96,7 +100,7 @@ class Ledger:
 
     def state(self, cell: Cell) -> Path:
         """Where an interrupted run of the cell keeps its state."""
-        return paths.DATA / "resume" / self.hash(cell) / "state.safetensors"
+        return self.resume / self.hash(cell) / "state.safetensors"
 
     def record(self, cell: Cell) -> dict[str, Any]:
         """The cell's record. Raises ValueError if the file is damaged."""
@@ -130,10 +134,11 @@ class Ledger:
         shutil.rmtree(self.state(cell).parent, ignore_errors=True)
 
     def prune(self, cells: list[Cell]) -> None:
-        """Delete the records of cells that the parameters no longer name."""
+        """Delete the records of cells that the parameters no longer name, and the states of runs that cannot go on."""
         kept = {self.path(cell) for cell in cells}
         for path in set(self.results.glob("*.json")) - kept:
             path.unlink()
+        shutil.rmtree(self.resume, ignore_errors=True)
         self.settled &= {self.hash(cell) for cell in cells}
         self._write_settled()
 

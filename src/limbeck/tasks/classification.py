@@ -1,7 +1,8 @@
 """Text classification: examples, splits without duplicates, and token batches without much padding.
 
-A data set is named in the parameters: a task of this package, or a local folder or hub name for `datasets`, with the
-columns `text` and `label`. Before splitting, a text that occurs twice is kept once, and one with two labels is dropped.
+A data set is named in the parameters: a task of this package, or a local folder or hub name for `datasets`, with
+the columns `text` and `label`, whose splits are pooled without the unlabelled rows (-1). Before splitting, a text
+that occurs twice is kept once, and one with two labels is dropped.
 """
 
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def _from_datasets(name: str) -> list[tuple[str, str]]:
         raise ValueError(
             f"data set {name} needs the columns text and label; {sorted(missing)} not in {rows.column_names}"
         )
-    return [(text, str(label)) for text, label in zip(rows["text"], rows["label"], strict=True)]
+    return [(text, str(label)) for text, label in zip(rows["text"], rows["label"], strict=True) if label != -1]
 
 
 def encode(
@@ -90,7 +91,7 @@ def split(data: Encoded, sizes: Sequence[int], *, seed: int) -> list[Encoded]:
     return [Encoded(data.ids[part], data.lengths[part], data.labels[part]) for part in parts]
 
 
-def batches(lengths: Int[Tensor, " row"], *, size: int, seed: int, epoch: int, pool: int = 4) -> list[Tensor]:
+def batches(lengths: Int[Tensor, " row"], *, size: int, seed: int, epoch: int, pool: int = 8) -> list[Tensor]:
     """Row indices of one epoch's batches: shuffled, then sorted by length within pools of `pool` batches.
 
     So a batch holds texts of like length and little padding, yet differs from epoch to epoch; a last short batch is

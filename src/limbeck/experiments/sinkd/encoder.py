@@ -49,6 +49,26 @@ def order(lengths: Tensor, section: Any, epochs: int, seed: int) -> list[Tensor]
     ]
 
 
+def train_on(
+    batches: Sequence[Tensor],
+    parameters: dict[str, nn.Parameter],
+    loss: Callable[[Tensor], dict[str, Tensor]],
+    learning_rate: float,
+    section: Any,
+    place: Place,
+) -> Generator[dict[str, float], None, supervised.Curve]:
+    """`supervised.fit` with the section's settings."""
+    return supervised.fit(
+        parameters,
+        loss,
+        batches,
+        learning_rate=learning_rate,
+        clip_norm=section.clip_norm,
+        state=place.state,
+        save_every=section.save_every,
+    )
+
+
 def teacher(section: Any, place: Place, data: Splits, classes: int) -> Steps:
     """Fine-tune the whole encoder, and leave its weights and its logits of every split."""
     model = pretrained(section, classes, section.teacher_seed).to(place.device)
@@ -59,15 +79,8 @@ def teacher(section: Any, place: Place, data: Splits, classes: int) -> Steps:
         return {"loss/ce": cross_entropy(evaluation.forward(model, train, rows, dtype), train.labels[rows])}
 
     parameters = models.trainable(model)
-    curve = yield from supervised.fit(
-        parameters,
-        loss,
-        order(train.lengths, section, section.teacher_epochs, section.teacher_seed),
-        learning_rate=section.teacher_learning_rate,
-        clip_norm=section.clip_norm,
-        state=place.state,
-        save_every=section.save_every,
-    )
+    batches = order(train.lengths, section, section.teacher_epochs, section.teacher_seed)
+    curve = yield from train_on(batches, parameters, loss, section.teacher_learning_rate, section, place)
     logits = {split: evaluation.logits(model, data[split], dtype) for split in SPLITS}
     resume.write_tensors(place.checkpoints / WEIGHTS, model.state_dict())
     resume.write_tensors(place.checkpoints / LOGITS, logits)

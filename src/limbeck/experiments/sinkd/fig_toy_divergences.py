@@ -22,7 +22,6 @@ ARMS = ("kl", "rkl", "js", "sinkhorn")
 HALF_WIDTH = 10.0
 MODES = (-3.0, 3.0)
 MODE_DEVIATION = 0.8
-SMALLEST_DEVIATION = 0.3
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Params:
     starts: int
     steps: int
     learning_rate: float
+    smallest_deviation: float
     save_every: int
     seed: int
 
@@ -75,7 +75,7 @@ def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, float],
     parameters = _starts(params, where["components"])
 
     def student() -> Tensor:
-        deviation = SMALLEST_DEVIATION + nn.functional.softplus(parameters["deviation"])
+        deviation = params.smallest_deviation + nn.functional.softplus(parameters["deviation"])
         return log_mixture(grid, parameters["weight"].log_softmax(-1), parameters["mean"], deviation)
 
     def loss(_: Tensor) -> dict[str, Tensor]:

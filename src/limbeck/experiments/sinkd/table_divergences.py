@@ -9,7 +9,7 @@ Two arms are the same quantity at different temperatures: total variation is hal
 control at the temperature of `sinkhorn`, and `l1` is the released sample-wise term, which leaves temperature out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from limbeck import assets, evaluation, models
 from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.sinkd import encoder
 from limbeck.params import one_of, positive
-from limbeck.training import supervised
 
 ARMS = ("ce", "kl", "rkl", "js", "tvd", "l1", "sinkhorn")
 _SEEDLESS = ("arms", "multiples")
@@ -102,33 +101,20 @@ def _student(
     teacher_logits = load_file(place.checkpoints / encoder.LOGITS)
     rows = train.lengths[: params.selection_texts] if selecting else train.lengths
     batches = encoder.order(rows, params, params.epochs, seed)
-    term = encoder.added_term(arm, params)
+    term, matching = encoder.added_term(arm, params), params.matching_batches
 
     def pair(rows: Tensor) -> tuple[Tensor, Tensor]:
         student = evaluation.forward(model, train, rows, dtype)
         ce = encoder.cross_entropy(student, train.labels[rows])
         return ce, term(student, teacher_logits["train"][rows].to(student.device))
 
-    if arm == "ce":
-        weight = 0.0
-    elif selecting:
-        weight = coordinates["multiple"] * encoder.matched_weight(parameters, pair, batches[: params.matching_batches])
-    else:
-        weight = choose(place.records, arm)["metrics"]["loss/weight"]
+    weight = _weight(coordinates, place, lambda: encoder.matched_weight(parameters, pair, batches[:matching]))
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
         ce, extra = pair(rows)
         return {"loss/ce": ce} | ({f"loss/{arm}": weight * extra} if weight else {})
 
-    curve = yield from supervised.fit(
-        parameters,
-        loss,
-        batches,
-        learning_rate=params.learning_rate,
-        clip_norm=params.clip_norm,
-        state=place.state,
-        save_every=params.save_every,
-    )
+    curve = yield from encoder.train_on(batches, parameters, loss, params.learning_rate, params, place)
     split = "validation" if selecting else "test"
     logits = evaluation.logits(model, data[split], dtype)
     metrics = {
@@ -137,6 +123,15 @@ def _student(
         "loss/weight": weight,
     }
     return Result(metrics, curve, encoder.count(parameters), encoder.name(dtype))
+
+
+def _weight(coordinates: dict[str, Any], place: Place, matched: Callable[[], float]) -> float:
+    """None for CE alone, a multiple of the matched weight while selecting, then the weight that was selected."""
+    if coordinates["arm"] == "ce":
+        return 0.0
+    if coordinates["phase"] == "selection":
+        return coordinates["multiple"] * matched()
+    return choose(place.records, coordinates["arm"])["metrics"]["loss/weight"]
 
 
 def choose(records: Sequence[dict[str, Any]], arm: str) -> dict[str, Any]:
