@@ -1,6 +1,7 @@
 """What DVC would run: nothing after a commit, and after a change exactly what depends on it."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -152,6 +153,12 @@ def records(root):
     return {path.name: path for path in folder.glob("*.json")}
 
 
+def set_seeds(root, seeds):
+    settings = root / "params.yaml"
+    settings.write_text(re.sub(r"seeds: \[.*?\]", f"seeds: {seeds}", settings.read_text()))
+
+
+ARMS = ("ce", "kl", "rkl", "js", "tvd", "l1", "sinkhorn")
 FINAL, STEPS = 13, 4  # the teacher and 12 selection runs come before; a final cell of the smoke profile has 4 steps
 
 
@@ -174,12 +181,10 @@ def stop_in_a_final_cell(running, root):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_middle_of_a_cell_goes_on_there_and_ends_like_an_unbroken_one(tmp_path):
-    roots = [tree.copy((tmp_path / name).resolve()) for name in ("whole", "killed")]
-    for root in roots:
-        settings = root / "params.yaml"
-        settings.write_text(settings.read_text().replace("seeds: [0, 1, 2, 3, 4]", "seeds: [0]"))
-    whole, killed = roots
+def test_a_run_killed_in_the_middle_of_a_cell_goes_on_there_and_an_added_seed_runs_alone(tmp_path):
+    whole, killed = (tree.copy((tmp_path / name).resolve()) for name in ("whole", "killed"))
+    for root in (whole, killed):
+        set_seeds(root, "[0]")
     with (tmp_path / "log").open("w") as log:
         assert train(whole, log).wait() == 0, (tmp_path / "log").read_text()
         running = psutil.Process(train(killed, log).pid)
@@ -196,3 +201,12 @@ def test_a_run_killed_in_the_middle_of_a_cell_goes_on_there_and_ends_like_an_unb
     assert len(done) < len(records(whole))
     assert {name: records(killed)[name].stat().st_mtime_ns for name in done} == done
     assert not list((killed / "data" / "resume").rglob("state.safetensors"))
+    set_seeds(killed, "[0, 1]")
+    before = {name: path.stat().st_mtime_ns for name, path in records(killed).items()}
+    with (tmp_path / "log").open("w") as log:
+        assert train(killed, log).wait() == 0, (tmp_path / "log").read_text()
+    fresh = {name for name, path in records(killed).items() if before.get(name) != path.stat().st_mtime_ns}
+    assert fresh == {f"phase=final,arm={arm},seed=1.json" for arm in ARMS}
+    for arm in ARMS:
+        one, other = (records(killed)[f"phase=final,arm={arm},seed={seed}.json"].read_text() for seed in (0, 1))
+        assert json.loads(one)["curve"] != json.loads(other)["curve"]
