@@ -8,7 +8,7 @@ import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("limbeck", "beartype.beartype")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

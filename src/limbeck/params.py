@@ -24,6 +24,7 @@ class Settings:
 
     profile: str
     threads: int
+    workers: int
     device: str
     precision: str
     seeds: tuple[int, ...]
@@ -34,7 +35,7 @@ class Settings:
             raise ValueError("profile full has a pipeline of its own: run `make full`, and leave params.yaml as it was")
         one_of("profile", self.profile, PROFILES)
         one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
-        positive(threads=self.threads)
+        positive(threads=self.threads, workers=self.workers)
 
 
 def one_of(name: str, value: object, choices: Collection) -> None:

@@ -24,7 +24,10 @@ def experiment(tmp_path, monkeypatch):
 
     def cells(section, seeds):
         inputs = {"rate": section.rate}
-        return [Cell({"arm": "teacher"}, inputs, ("weights",)), *(Cell({"arm": "a", "seed": s}, inputs) for s in seeds)]
+        return [
+            Cell({"arm": "teacher"}, inputs, ("weights",)),
+            *(Cell({"arm": "a", "seed": s}, inputs, turn=1) for s in seeds),
+        ]
 
     def run(cell, section, place):
         module.ran.append(records.cell_name(cell.coordinates))
@@ -46,7 +49,7 @@ def experiment(tmp_path, monkeypatch):
     monkeypatch.setattr(params, "load", lambda *_: Params(module.rate))
     settings = params.settings()
     monkeypatch.setattr(
-        params, "settings", lambda: params.Settings("default", 1, settings.device, module.precision, module.seeds)
+        params, "settings", lambda: params.Settings("default", 1, 1, settings.device, module.precision, module.seeds)
     )
     for constant in ("RESULTS", "DATA"):
         monkeypatch.setattr(paths, constant, tmp_path / constant.lower())
@@ -67,7 +70,7 @@ ALL = ["arm=teacher", "arm=a,seed=0", "arm=a,seed=1"]
 def test_every_cell_runs_once_and_a_second_call_runs_nothing(experiment):
     ran, runs = experiment.go()
     assert ran == ALL
-    assert [run["metrics"]["eval/value"] for run in runs] == [2.0, 4.0, 6.0]
+    assert [run["metrics"]["eval/value"] for run in runs] == [2.0, 4.0, 4.0]
     assert experiment.go() == ([], runs)
 
 
@@ -135,3 +138,20 @@ def test_a_kill_between_record_and_list_leaves_the_cell_to_be_run_again(experime
 def test_an_unknown_experiment_is_refused(experiment):
     with pytest.raises(ValueError, match=r"expected an experiment of p .* got 'other'"):
         ledger.run("p", "other", "default")
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(experiment):
+    experiment.go()
+    experiment.code = "other"
+    one = ledger.Ledger("p", "toy", "default")
+    lock = one.resume / f"{one.hash(one.cells[0])}.lock"
+    with ledger._lock(lock, wait=False) as mine:
+        assert mine
+        assert not one._claim_and_run(one.cells[0])
+    assert experiment.go()[0] == ALL
+
+
+def test_a_helper_ends_when_the_process_that_it_helps_is_gone(experiment):
+    with pytest.raises(SystemExit, match="is gone"):
+        ledger.Ledger("p", "toy", "default").work(parent=-1)
+    assert experiment.go()[0] == ALL

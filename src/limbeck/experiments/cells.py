@@ -11,11 +11,15 @@ Coordinate = str | int | float
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: its coordinates, all that its numbers depend on but code, and the files that later cells need of it."""
+    """One run: its coordinates, all that its numbers depend on but code, and the files that later cells need of it.
+
+    Cells of one `turn` do not depend on each other; a turn begins when the one before has ended.
+    """
 
     coordinates: dict[str, Coordinate]
     inputs: dict[str, Any]
     leaves: tuple[str, ...] = ()
+    turn: int = 0
 
 
 @dataclass(frozen=True)

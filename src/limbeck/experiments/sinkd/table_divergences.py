@@ -73,13 +73,15 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
         {"phase": "teacher", "arm": "teacher", "seed": params.teacher_seed}, inputs, (encoder.LOGITS, encoder.WEIGHTS)
     )
     selection = [
-        Cell({"phase": "selection", "arm": arm, "multiple": multiple, "seed": params.selection_seed}, inputs)
+        Cell({"phase": "selection", "arm": arm, "multiple": multiple, "seed": params.selection_seed}, inputs, turn=1)
         for arm in params.arms
         if arm != "ce"
         for multiple in params.multiples
     ]
     chosen_from = inputs | {"multiples": params.multiples}
-    final = [Cell({"phase": "final", "arm": arm, "seed": seed}, chosen_from) for seed in seeds for arm in params.arms]
+    final = [
+        Cell({"phase": "final", "arm": arm, "seed": seed}, chosen_from, turn=2) for seed in seeds for arm in params.arms
+    ]
     return [teacher, *selection, *final]
 
 
