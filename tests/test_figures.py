@@ -170,3 +170,14 @@ def test_another_process_saves_the_same_bytes_and_loads_neither_torch_nor_scipy(
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "there.svg")], check=True, env=environment)
     figures.save(toy({"kl": np.stack([TEACHER] * 2)}), tmp_path / "here.svg")
     assert (tmp_path / "here.svg").read_bytes() == (tmp_path / "there.svg").read_bytes()
+
+
+def test_a_line_plot_draws_each_curve_in_its_arms_colour_and_refuses_one_of_another_length():
+    _, axes = figures.panels(1)
+    figures.line_plot(axes[0], [1.0, 2.0], {"kl": [1.0, 2.0], "js": [3.0, 4.0]}, xlabel="x", ylabel="y", title="t")
+    drawn = {line.get_label(): (line.get_color(), list(line.get_ydata())) for line in axes[0].get_lines()}
+    assert drawn == {
+        figures.ARMS[arm].label: (figures.ARMS[arm].colour, y) for arm, y in (("kl", [1, 2]), ("js", [3, 4]))
+    }
+    with pytest.raises(ValueError, match=r"expected curves of \(2,\), got \{'kl': \(3,\)\}"):
+        figures.line_plot(axes[0], [1.0, 2.0], {"kl": [1.0, 2.0, 3.0]}, xlabel="x", ylabel="y")

@@ -15,13 +15,19 @@ from safetensors import safe_open
 import tree
 from limbeck import paths, pipeline
 
-TRAIN = {f"sinkd-{name}-train" for name in ("fig_toy_divergences", "table_divergences")}
-DRAW = {f"sinkd-{name}" for name in ("fig_toy_divergences", "table_divergences")}
+TRAIN = {f"sinkd-{name}-train" for name in ("fig_toy_divergences", "fig_gradient_shift", "table_divergences")}
+DRAW = {f"sinkd-{name}" for name in ("fig_toy_divergences", "fig_gradient_shift", "table_divergences")}
 
 
 def test_the_committed_pipelines_are_those_that_the_notebooks_imports_and_params_give():
     for path, text in pipeline.texts().items():
         assert path.read_text() == text, "run `make pipeline`"
+
+
+def test_every_profile_that_params_yaml_may_name_has_the_same_experiments():
+    for paper in pipeline.papers():
+        named = [pipeline.experiments(paper, profile) for profile in ("default", "smoke", "paper")]
+        assert named[0] == named[1] == named[2]
 
 
 def test_every_stage_of_full_writes_to_full_and_every_other_to_the_chosen_profile():

@@ -57,7 +57,7 @@ def main(what: str) -> int:
     with tempfile.TemporaryDirectory(prefix="limbeck-") as folder:
         root = copy(Path(folder).resolve(), profile="smoke" if what == "smoke" else None)
         if what == "test":  # the exhibits read records, so these come first
-            for experiment in ("fig_toy_divergences", "table_divergences"):
+            for experiment in ("fig_toy_divergences", "fig_gradient_shift", "table_divergences"):
                 train = ["notebooks/sinkd/train.ipynb", f"experiment={experiment}", "profile=smoke"]
                 subprocess.run(
                     [sys.executable, "-m", "limbeck.notebooks", *train], cwd=root, env=environment(root), check=True

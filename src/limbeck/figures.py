@@ -1,7 +1,8 @@
 """Figures: one style, one look an arm, and helpers that draw what they are given and compute nothing.
 
 An arm has the same label, colour (after Okabe and Ito: told apart without red and green) and marker everywhere. Titles
-state the finding and are passed in; every interval is drawn, and the caption says over what.
+state the finding and are passed in; every interval is drawn, and the caption says over what. Longer than 200 lines
+because it holds one helper a kind of picture.
 """
 
 import os
@@ -132,6 +133,26 @@ def _whisker(axes: Axes, row: int, look: Look, estimate: "Estimate", points: Seq
         axes.plot([estimate.low, estimate.high], [row, row], color=look.colour)
     face = "white" if estimate.low is None else look.colour
     axes.plot(estimate.mean, row, look.marker, color=look.colour, markerfacecolor=face, markersize=6.5)
+
+
+def line_plot(
+    axes: Axes, x: ArrayLike, curves: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, title: str = ""
+) -> Axes:
+    """One line an arm over a common axis, on a logarithmic scale, named in a key.
+
+    Both labels carry their units. Raises ValueError for an arm without a look, or a curve that does not fit `x`.
+    """
+    _check_arms(curves)
+    if wrong := {arm: np.shape(y) for arm, y in curves.items() if np.shape(y) != np.shape(x)}:
+        raise ValueError(f"expected curves of {np.shape(x)}, got {wrong}")
+    with style():
+        for arm, y in curves.items():
+            axes.plot(x, y, color=ARMS[arm].colour, label=ARMS[arm].label)
+        axes.set_yscale("log")
+        axes.grid(axis="y")
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        axes.legend(loc="lower right", ncols=2)
+    return axes
 
 
 def toy_panels(

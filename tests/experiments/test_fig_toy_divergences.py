@@ -8,6 +8,7 @@ from scipy import stats
 from limbeck import params
 from limbeck.experiments.cells import Place
 from limbeck.experiments.sinkd import fig_toy_divergences as toy
+from limbeck.experiments.sinkd import line
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def place(arm, components=1, minor=0.3, epsilon=0.0):
 def test_the_teacher_is_the_mixture_it_is_said_to_be():
     grid = np.linspace(-10, 10, 401)
     log_weights, means = torch.tensor([0.7, 0.3]).log(), torch.tensor([-3.0, 3.0])
-    found = toy.log_mixture(torch.tensor(grid, dtype=torch.float32), log_weights, means, torch.full((2,), 0.8)).exp()
+    found = line.log_mixture(torch.tensor(grid, dtype=torch.float32), log_weights, means, torch.full((2,), 0.8)).exp()
     density = 0.7 * stats.norm.pdf(grid, -3, 0.8) + 0.3 * stats.norm.pdf(grid, 3, 0.8)
     np.testing.assert_allclose(found.numpy(), density / density.sum(), atol=1e-6)
 
@@ -64,7 +65,7 @@ def test_the_best_start_is_drawn_and_the_best_of_those_at_the_other_mode():
 
 def test_every_arm_begins_at_the_same_starts(section, tmp_path):
     still = dataclasses.replace(section, steps=1, learning_rate=1e-30, epsilons=(0.05,), iterations=1)
-    places = [place(arm, epsilon=0.05 if arm == "sinkhorn" else 0.0) for arm in toy.ARMS]
+    places = [place(arm, epsilon=0.05 if arm == "sinkhorn" else 0.0) for arm in line.ARMS]
     found = [drive(where, still, tmp_path / where["arm"]).metrics for where in places]
     assert all(metrics["fit/mean"] == found[0]["fit/mean"] for metrics in found)
     assert len(set(found[0]["fit/mean"])) == section.starts

@@ -5,6 +5,7 @@ two. Every arm starts from the same random places, all starts of an arm in one b
 sample-wise distance on the cost |x - x'| / 20, with the envelope gradient.
 """
 
+import functools
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +15,10 @@ from torch import Tensor, nn
 
 from limbeck import seeding
 from limbeck.experiments.cells import Cell, Place, Result
-from limbeck.losses import divergence, transport
+from limbeck.experiments.sinkd import line
 from limbeck.params import one_of, positive
 from limbeck.training import supervised
 
-ARMS = ("kl", "rkl", "js", "sinkhorn")
-HALF_WIDTH = 10.0
 MODES = (-3.0, 3.0)
 MODE_DEVIATION = 0.8
 
@@ -44,7 +43,7 @@ class Params:
     def __post_init__(self) -> None:
         """Check what no type can."""
         for arm in self.arms:
-            one_of("arm", arm, ARMS)
+            one_of("arm", arm, line.ARMS)
         for epsilon in self.epsilons:
             positive(epsilon=epsilon)
         positive(bins=self.bins, iterations=self.iterations, starts=self.starts, steps=self.steps)
@@ -67,19 +66,22 @@ def cells(params: Params, _seeds: Sequence[int]) -> list[Cell]:
 def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, float], None, Result]:
     """Fit the student from every start; yields once a step."""
     where = cell.coordinates
-    grid = torch.linspace(-HALF_WIDTH, HALF_WIDTH, params.bins)
+    grid = line.grid(params.bins)
     minor = where["minor_weight"]
-    teacher = log_mixture(
+    teacher = line.log_mixture(
         grid, torch.tensor([1 - minor, minor]).log(), torch.tensor(MODES), torch.full((2,), MODE_DEVIATION)
+    )
+    measured = functools.partial(
+        line.divergences, teacher=teacher, arm=where["arm"], epsilon=where["epsilon"], iterations=params.iterations
     )
     parameters = _starts(params, where["components"])
 
     def student() -> Tensor:
         deviation = params.smallest_deviation + nn.functional.softplus(parameters["deviation"])
-        return log_mixture(grid, parameters["weight"].log_softmax(-1), parameters["mean"], deviation)
+        return line.log_mixture(grid, parameters["weight"].log_softmax(-1), parameters["mean"], deviation)
 
     def loss(_: Tensor) -> dict[str, Tensor]:
-        return {"loss/total": _per_start(student(), teacher, where["arm"], where["epsilon"], params.iterations).sum()}
+        return {"loss/total": measured(student()).sum()}
 
     curve = yield from supervised.fit(
         parameters,
@@ -92,7 +94,7 @@ def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, float],
     )
     with torch.no_grad():
         found = student()
-        losses = _per_start(found, teacher, where["arm"], where["epsilon"], params.iterations)
+        losses = measured(found)
         metrics = _measure(found.exp(), teacher.exp(), grid) | {"loss/final": losses}
     drawn = {"grid": grid, "teacher": teacher.exp()} | _drawn(found.exp(), losses, metrics["fit/on_minor_mode"])
     count = sum(parameter.numel() for parameter in parameters.values())
@@ -101,13 +103,6 @@ def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, float],
         curve | {name: values.tolist() for name, values in drawn.items()},
         count,
     )
-
-
-def log_mixture(grid: Tensor, log_weights: Tensor, means: Tensor, deviations: Tensor) -> Tensor:
-    """Log-probabilities over the grid, [..., bins], of mixtures whose components lie on the last axis of the rest."""
-    z = (grid[:, None] - means[..., None, :]) / deviations[..., None, :]
-    parts = -z.square() / 2 - deviations.log()[..., None, :] + log_weights[..., None, :]
-    return parts.logsumexp(-1).log_softmax(-1)
 
 
 def _starts(params: Params, components: int) -> dict[str, nn.Parameter]:
@@ -119,25 +114,6 @@ def _starts(params: Params, components: int) -> dict[str, nn.Parameter]:
         "deviation": nn.Parameter(1.5 + 0.5 * torch.randn(shape, generator=source)),
         "weight": nn.Parameter(torch.zeros(shape)),
     }
-
-
-def _per_start(student: Tensor, teacher: Tensor, arm: str, epsilon: float, iterations: int) -> Tensor:
-    """The arm's divergence of each start, from log-probabilities."""
-    if arm == "sinkhorn":
-        return transport.sample_index_cost_per_row(
-            student.exp(),
-            teacher.exp().expand_as(student),
-            epsilon=epsilon,
-            iterations=iterations,
-            scale=1 / (len(teacher) - 1),
-            gradient="envelope",
-        )
-    forms = {
-        "kl": divergence.forward_kl_per_token,
-        "rkl": divergence.reverse_kl_per_token,
-        "js": divergence.jensen_shannon_per_token,
-    }
-    return forms[arm](student, teacher.expand_as(student))
 
 
 def _drawn(student: Tensor, losses: Tensor, side: Tensor) -> dict[str, Tensor]:
