@@ -18,6 +18,7 @@ def notebook(*cells, parameters='profile = "default"'):
     made = nbformat.v4.new_notebook()
     made.cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *cells)]
     made.cells[0].metadata["tags"] = ["parameters"]
+    made.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     return made
 
 
