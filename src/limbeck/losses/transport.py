@@ -15,11 +15,10 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from limbeck.losses.manhattan import Manhattan
 from limbeck.losses.masking import require_finite
 
-WIDTH, BLOCK = 2048, 2**20  # classes at a time and elements in all of the temporary of the L1 cost: 4 MB in float32
 DEEPEST = -600.0  # exp of it is still a normal float64
 
 
@@ -47,42 +46,10 @@ def _pair(student_probs: Tensor, teacher_probs: Tensor, first_equal: int) -> tup
     return student_probs.to(dtype), teacher_probs.to(dtype).detach()
 
 
-class _ManhattanCost(torch.autograd.Function):
-    """`torch.cdist(p=1)` with a faster forward: a block of students and classes against all teachers at a time.
-
-    cdist reduces one pair at a time without using the vector unit well; its backward is good, and is kept.
-    """
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
-        cost = student.new_zeros(len(student), len(teacher))
-        width = min(WIDTH, student.shape[1])
-        block = min(len(student), max(1, BLOCK // (len(teacher) * width)))
-        buffer = student.new_empty(block * len(teacher) * width)
-        for s, t in zip(student.split(width, 1), teacher.split(width, 1), strict=True):
-            for rows, out in zip(s.split(block), cost.split(block), strict=True):
-                gaps = buffer[: rows.numel() * len(t)].view(len(rows), *t.shape)
-                out.add_(torch.sub(rows[:, None], t, out=gaps).abs_().sum(2))
-        ctx.save_for_backward(student, teacher, cost)
-        return cost
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        student, teacher, cost = ctx.saved_tensors
-        student, teacher, grad = student.contiguous(), teacher.contiguous(), grad.contiguous()
-        to_student, to_teacher = ctx.needs_input_grad
-        signs = torch.ops.aten._cdist_backward  # sum_j G_ij sign(x_i - y_j)
-        return (
-            signs(grad, student, teacher, 1.0, cost) if to_student else None,
-            signs(grad.t().contiguous(), teacher, student, 1.0, cost.t().contiguous()) if to_teacher else None,
-        )
-
-
 def _cost(student: Tensor, teacher: Tensor, p: int) -> Tensor:
     """D_ij = ||student_i - teacher_j||_p; at p = 2 rounded off at 0, where the norm has no derivative."""
     if p == 1:
-        return _ManhattanCost.apply(student, teacher)
+        return Manhattan.apply(student, teacher)
     distance = torch.cdist(student, teacher, compute_mode="donot_use_mm_for_euclid_dist")
     return (distance.square() + 1e-12).sqrt()
 

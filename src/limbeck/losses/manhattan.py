@@ -1,0 +1,137 @@
+"""The L1 distances between two batches of points: the values and gradients of `torch.cdist(p=1)`, sooner.
+
+cdist reduces one pair at a time without using the vector unit well. Large float32 problems on the CPU go through two
+kernels that numba compiles at the first of them, where numba is installed. All others take torch's operations, a block
+of students and classes against all teachers at a time, and cdist's own backward, which is good where batches are small.
+
+Each element of a result is summed by one thread in one order, so the number of threads does not change a bit of it.
+"""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import no_type_check
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+WIDTH, BLOCK = 2048, 2**20  # torch: classes at a time, and elements in all of the temporary, 4 MB in float32
+CHUNK = 512  # kernels: classes at a time, so that some hundred rows fit the second cache
+WORTH = 2**23  # students x teachers x classes from which on the kernels pay for their threads
+ZERO = np.float32(0)
+
+
+@no_type_check
+def _distances(cost, student, teacher):
+    """cost_ij += sum_k |student_ik - teacher_jk|, a chunk of classes at a time."""
+    for start in range(0, student.shape[1], CHUNK):
+        for j in range(len(teacher)):
+            t = teacher[j, start : start + CHUNK]
+            for i in range(len(student)):
+                s = student[i, start : start + CHUNK]
+                total = ZERO
+                for k in range(len(s)):
+                    total += abs(s[k] - t[k])
+                cost[i, j] += total
+
+
+@no_type_check
+def _signs(pull, grad, x, y):
+    """pull_ik = sum_j grad_ij sign(x_ik - y_jk), where sign(0) = 0, for j in fours: each saves a load and a store."""
+    for start in range(0, x.shape[1], CHUNK):
+        pull[:, start : start + CHUNK] = ZERO
+        for j in range(0, len(y), 4):
+            b, c = y[j, start : start + CHUNK], y[j + 1, start : start + CHUNK]
+            d, e = y[j + 2, start : start + CHUNK], y[j + 3, start : start + CHUNK]
+            for i in range(len(x)):
+                a, out = x[i, start : start + CHUNK], pull[i, start : start + CHUNK]
+                g, h, u, v = grad[i, j], grad[i, j + 1], grad[i, j + 2], grad[i, j + 3]
+                for k in range(len(a)):
+                    out[k] += (
+                        ((g if a[k] > b[k] else ZERO) - (g if a[k] < b[k] else ZERO))
+                        + ((h if a[k] > c[k] else ZERO) - (h if a[k] < c[k] else ZERO))
+                        + ((u if a[k] > d[k] else ZERO) - (u if a[k] < d[k] else ZERO))
+                        + ((v if a[k] > e[k] else ZERO) - (v if a[k] < e[k] else ZERO))
+                    )
+
+
+@functools.cache
+def _kernels() -> tuple[Callable, Callable] | None:
+    """Both kernels compiled, or None without numba, which takes too long to import to do so before it is needed."""
+    try:
+        from numba import njit  # noqa: PLC0415
+    except ImportError:
+        return None
+    # Reassociation only, for the sum to use the vector unit: NaN and infinity keep their meaning.
+    return njit(nogil=True, fastmath={"reassoc"})(_distances), njit(nogil=True)(_signs)
+
+
+def _pays(student: Tensor, teacher: Tensor) -> bool:
+    large = len(student) * teacher.numel() >= WORTH
+    return large and student.dtype == torch.float32 and student.device.type == "cpu" and _kernels() is not None
+
+
+def _by_rows(kernel: Callable, rows: tuple[Tensor, ...], whole: Tensor) -> None:
+    """The kernel on as many parts of the rows as torch uses threads, side by side: it lets go of the interpreter."""
+    threads = torch.get_num_threads()
+    arrays, shared = [tensor.detach().numpy() for tensor in rows], whole.detach().numpy()
+    first, *others = zip(*(np.array_split(array, threads) for array in arrays), strict=True)
+    with ThreadPoolExecutor(threads) as pool:
+        running = [pool.submit(kernel, *part, shared) for part in others]
+        kernel(*first, shared)
+        for part in running:
+            part.result()
+
+
+def _summed(student: Tensor, teacher: Tensor) -> Tensor:
+    """sum_k |student_ik - teacher_jk| by torch's operations."""
+    cost = student.new_zeros(len(student), len(teacher))
+    width = min(WIDTH, student.shape[1])
+    block = min(len(student), max(1, BLOCK // (len(teacher) * width)))
+    buffer = student.new_empty(block * len(teacher) * width)
+    for s, t in zip(student.split(width, 1), teacher.split(width, 1), strict=True):
+        for rows, out in zip(s.split(block), cost.split(block), strict=True):
+            gaps = buffer[: rows.numel() * len(t)].view(len(rows), *t.shape)
+            out.add_(torch.sub(rows[:, None], t, out=gaps).abs_().sum(2))
+    return cost
+
+
+def _pull(grad: Tensor, x: Tensor, y: Tensor, cost: Tensor) -> Tensor:
+    """sum_j grad_ij sign(x_ik - y_jk): what reaches x."""
+    if not _pays(x, y):
+        return torch.ops.aten._cdist_backward(grad.contiguous(), x, y, 1.0, cost.contiguous())
+    pull = torch.empty_like(x)
+    if spare := -len(y) % 4:  # rows of no weight make up the fours
+        grad, y = pad(grad, (0, spare)), pad(y, (0, 0, 0, spare))
+    _by_rows(_kernels()[1], (pull, grad.contiguous(), x), y)
+    return pull
+
+
+class Manhattan(torch.autograd.Function):
+    """[students, classes], [teachers, classes] -> [students, teachers]; gradient to both, 0 at ties."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
+        """The distances."""
+        student, teacher = student.contiguous(), teacher.contiguous()
+        if _pays(student, teacher):
+            cost = student.new_zeros(len(student), len(teacher))
+            _by_rows(_kernels()[0], (cost, student), teacher)
+        else:
+            cost = _summed(student, teacher)
+        ctx.save_for_backward(student, teacher, cost)
+        return cost
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """To whichever of the two asks for it."""
+        student, teacher, cost = ctx.saved_tensors
+        to_student, to_teacher = ctx.needs_input_grad
+        return (
+            _pull(grad, student, teacher, cost) if to_student else None,
+            _pull(grad.t(), teacher, student, cost.t()) if to_teacher else None,
+        )
