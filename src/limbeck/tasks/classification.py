@@ -1,13 +1,14 @@
-"""Text classification: examples, splits without duplicates, and token batches without much padding.
+"""Text classification: examples, disjoint splits, and token batches without much padding.
 
-A data set is named in the parameters: a task of this package, or a local folder or hub name for `datasets`, with
-the columns `text` and `label`, whose splits are pooled without the unlabelled rows (-1). Before splitting, a text
-that occurs twice is kept once, and one with two labels is dropped.
+A data set is named in the parameters: a task of this package, a GLUE task (glue.py), or a local folder or hub name for
+`datasets`, with the columns `text` and `label`. Except for GLUE, all parts of a data set are pooled, rows without a
+label (-1) left out; a text that occurs twice is kept once, one with two labels is dropped; then splits are drawn anew.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -15,14 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from limbeck import seeding
-from limbeck.tasks import multiwoz_acts
+from limbeck.tasks import glue, multiwoz_acts, topics, vader
+
+_CHARACTERS = 12  # a token; texts have 4 to 6 a token, so that no token is lost where a long text is cut
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
-    """One text and the name of its class."""
+    """One text and the name of its class; `second` is the second sentence of a task on pairs."""
 
     text: str
     label: str
+    second: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,23 @@ class Encoded:
 
 def examples(name: str) -> list[Example]:
     """Every example of a data set, without duplicates, in an order that depends on the texts alone."""
-    pairs = multiwoz_acts.pairs() if name == multiwoz_acts.NAME else _from_datasets(name)
     labels: dict[str, set[str]] = {}
     spelling: dict[str, str] = {}
-    for text, label in pairs:
+    for text, label in _pairs(name):
         key = " ".join(text.lower().split())
         labels.setdefault(key, set()).add(label)
         spelling.setdefault(key, text)
     return [Example(spelling[key], *labels[key]) for key in sorted(labels) if len(labels[key]) == 1]
+
+
+def _pairs(name: str) -> list[tuple[str, str]]:
+    if name == multiwoz_acts.NAME:
+        return multiwoz_acts.pairs()
+    if name in vader.FILES:
+        return vader.pairs(name)
+    if name in topics.FILES:
+        return topics.pairs(name)
+    return _from_datasets(name)
 
 
 def _from_datasets(name: str) -> list[tuple[str, str]]:
@@ -66,29 +80,61 @@ def _from_datasets(name: str) -> list[tuple[str, str]]:
     return [(text, str(label)) for text, label in zip(rows["text"], rows["label"], strict=True) if label != -1]
 
 
+def draw(items: Sequence[T], sizes: Sequence[int], *, seed: int) -> list[list[T]]:
+    """Disjoint random parts of the given sizes; one size may be -1, for all that is left.
+
+    Raises ValueError if there are too few items, none is left for -1, or another size is negative.
+    """
+    left, open_ended = len(items) - sum(size for size in sizes if size != -1), list(sizes).count(-1)
+    if left < open_ended or open_ended > 1 or min(sizes) < -1:
+        raise ValueError(f"received splits of {list(sizes)}, expected parts of {len(items)} rows, at most one -1")
+    counts = [left if size == -1 else size for size in sizes]
+    order = torch.randperm(len(items), generator=seeding.generator(seed, "split")).tolist()
+    ends = list(itertools.accumulate(counts))
+    return [[items[i] for i in order[end - count : end]] for end, count in zip(ends, counts, strict=True)]
+
+
+def splits(name: str, sizes: Sequence[int], *, seed: int) -> list[list[Example]]:
+    """Disjoint random examples to train on, to validate on and to test on, of the given sizes (`draw`).
+
+    Of a GLUE task the test comes from its validation split and the others from its train split.
+    """
+    if not name.startswith(glue.PREFIX):
+        return draw(examples(name), sizes, seed=seed)
+    train, test = ([Example(*row) for row in rows] for rows in glue.parts(name))
+    return draw(train, sizes[:2], seed=seed) + draw(test, sizes[2:], seed=seed)
+
+
+def metric(name: str) -> str:
+    """What a data set is scored by, as `evaluation.score` names it: accuracy, unless GLUE says otherwise."""
+    return glue.metric(name) if name.startswith(glue.PREFIX) else "accuracy"
+
+
+def class_names(parts: Sequence[Sequence[Example]]) -> tuple[str, ...]:
+    """The labels that occur in any of the parts, sorted: the classes in index order."""
+    return tuple(sorted({example.label for part in parts for example in part}))
+
+
 def encode(
-    found: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, longest: int
-) -> tuple[Encoded, tuple[str, ...]]:
-    """Token ids of the examples that have at most `longest` tokens, and the class names in index order."""
-    tokens = tokenizer([example.text for example in found])["input_ids"]
-    kept = [(ids, example.label) for ids, example in zip(tokens, found, strict=True) if len(ids) <= longest]
-    if not kept:
-        raise ValueError(f"no text has at most {longest} tokens; the shortest has {min(map(len, tokens), default=0)}")
-    classes = tuple(sorted({label for _, label in kept}))
-    padded = torch.full((len(kept), longest), tokenizer.pad_token_id)
-    for row, (ids, _) in enumerate(kept):
+    found: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, longest: int, classes: Sequence[str]
+) -> Encoded:
+    """Token ids, cut to `longest` tokens; of a pair, the longer sentence is cut first. Labels index `classes`.
+
+    Only the first 12 * `longest` characters of a text are read, which changes nothing unless its tokens are longer
+    than 12 characters on average. The sentences of a pair are told apart by the separator alone: a BERT's second
+    token type is not used.
+    """
+    if unknown := {example.label for example in found} - set(classes):
+        raise ValueError(f"received the labels {sorted(unknown)}, expected some of {list(classes)}")
+    cut = longest * _CHARACTERS
+    seconds = [example.second[:cut] for example in found if example.second is not None] or None
+    texts = [example.text[:cut] for example in found]
+    tokens = tokenizer(texts, seconds, truncation=True, max_length=longest)["input_ids"]
+    padded = torch.full((len(tokens), longest), tokenizer.pad_token_id)
+    for row, ids in enumerate(tokens):
         padded[row, : len(ids)] = torch.tensor(ids)
-    lengths = torch.tensor([len(ids) for ids, _ in kept])
-    return Encoded(padded, lengths, torch.tensor([classes.index(label) for _, label in kept])), classes
-
-
-def split(data: Encoded, sizes: Sequence[int], *, seed: int) -> list[Encoded]:
-    """Disjoint random parts of the given sizes. Raises ValueError if there are too few rows."""
-    if sum(sizes) > len(data):
-        raise ValueError(f"splits of {list(sizes)} need {sum(sizes)} rows, the data set has {len(data)}")
-    order = torch.randperm(len(data), generator=seeding.generator(seed, "split"))
-    parts = torch.split(order[: sum(sizes)], list(sizes))
-    return [Encoded(data.ids[part], data.lengths[part], data.labels[part]) for part in parts]
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    return Encoded(padded, lengths, torch.tensor([classes.index(example.label) for example in found]))
 
 
 def batches(lengths: Int[Tensor, " row"], *, size: int, seed: int, epoch: int, pool: int = 8) -> list[Tensor]:
