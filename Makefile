@@ -9,7 +9,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
-EXHIBITS = $(shell sed -nE "s|^  ([a-z]+-[a-z_]+):|\1|p" dvc.yaml | grep -v -- "-train")
+EXHIBITS = $(shell for file in dvc.yaml pipelines/full/dvc.yaml; do \
+	sed -nE "s|^  ([a-z]+-[a-z_]+):|$$file:\1|p" $$file; done | grep -v -- "-train")
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce test smoke figures full bench lab lint pipeline readme clean
@@ -41,8 +42,9 @@ figures: $(READY)  ## draw the exhibits again from the committed records; nothin
 	dvc repro --single-item --force $(EXHIBITS)
 	python -m limbeck.readme
 
-full: $(READY)  ## the long experiments (hours on two cores; stop and continue at will)
+full: $(READY)  ## the long experiments (an hour on two cores; stop and continue at will)
 	python -m limbeck.assets
+	python -m limbeck.assets smollm2
 	dvc repro --allow-missing pipelines/full/dvc.yaml
 	python -m limbeck.readme
 

@@ -28,16 +28,16 @@ def global_generators():
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
-    """A folder with a BERT of two narrow layers and a tokenizer of a few words, as `save_pretrained` leaves them."""
+    """A folder with a BERT of three narrow layers and a tokenizer of a few words, as `save_pretrained` leaves them."""
     from transformers import BertConfig, BertForMaskedLM, BertTokenizer  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("tiny_bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32
-    )
+    size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    # BERT's own range of 0.02 is for a width of 768: so narrow, it would give every text the same output.
+    config = BertConfig(vocab_size=len(words), initializer_range=0.2, **size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         BertForMaskedLM(config).bert.save_pretrained(folder)

@@ -1,13 +1,15 @@
+import itertools
 import subprocess
 import sys
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+import yaml
 
 mpl.use("Agg")
 
-from limbeck import figures, intervals, paths
+from limbeck import figures, intervals, looks, paths
 
 GRID = np.linspace(-10, 10, 101)
 TEACHER = np.exp(-(GRID**2)) / np.exp(-(GRID**2)).sum()
@@ -31,20 +33,40 @@ def toy(fits, titles=None):
     return figures.toy_panels(GRID, TEACHER, fits, titles={arm: arm for arm in fits} if titles is None else titles)
 
 
-def test_every_arm_has_its_own_label_and_colour():
-    for part in ("label", "colour"):
-        assert len({getattr(look, part) for look in figures.ARMS.values()}) == len(figures.ARMS)
+def pictures():
+    """The arms that one picture shows: those of a section of params/sinkd.yaml, and those of table_cost."""
+    sections = yaml.safe_load((paths.PARAMS / "sinkd.yaml").read_text())
+    shown = [section["arms"] for profiles in sections.values() for section in profiles.values() if "arms" in section]
+    assert len(shown) > 10
+    return [*shown, ["kl", "sinkhorn", "fallback", "recipe", "pot", "geomloss"]]
 
 
-def test_arms_of_one_marker_differ_in_lightness():
-    def lightness(colour):
-        return np.dot(mpl.colors.to_rgb(colour), [0.299, 0.587, 0.114])
+def test_every_arm_has_its_own_label_and_in_a_picture_its_own_colour():
+    assert figures.ARMS is looks.ARMS
+    assert len({look.label for look in looks.ARMS.values()}) == len(looks.ARMS)
+    for arms in pictures():
+        assert len({looks.look(arm).label for arm in arms}) == len(arms)
+        last = {arm.split("+")[-1] for arm in arms}
+        assert len({looks.ARMS[arm].colour for arm in last}) == len(last), arms
 
-    looks = list(figures.ARMS.values())
-    for index, look in enumerate(looks):
-        for other in looks[:index]:
-            if look.marker == other.marker:
-                assert abs(lightness(look.colour) - lightness(other.colour)) > 0.05
+
+def test_a_sum_of_terms_is_named_in_full_and_looks_like_its_last_term():
+    assert looks.look("kl") == looks.ARMS["kl"]
+    found = looks.look("ce+kl+sinkhorn")
+    assert found.label == "CE + KL + Sinkhorn"
+    assert found[1:] == looks.ARMS["sinkhorn"][1:]
+    with pytest.raises(ValueError, match=r"expected arms among teacher, ce, .* got klx in ce\+klx"):
+        looks.look("ce+klx")
+
+
+def test_arms_of_one_marker_in_a_picture_differ_in_lightness():
+    def lightness(look):
+        return np.dot(mpl.colors.to_rgb(look.colour), [0.299, 0.587, 0.114])
+
+    for arms in pictures():
+        shown = {looks.ARMS[arm.split("+")[-1]] for arm in arms}
+        for look, other in itertools.combinations(shown, 2):
+            assert look.marker != other.marker or abs(lightness(look) - lightness(other)) > 0.05, arms
 
 
 def test_whiskers_points_and_markers_stand_where_the_estimates_are():
@@ -170,6 +192,83 @@ def test_another_process_saves_the_same_bytes_and_loads_neither_torch_nor_scipy(
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "there.svg")], check=True, env=environment)
     figures.save(toy({"kl": np.stack([TEACHER] * 2)}), tmp_path / "here.svg")
     assert (tmp_path / "here.svg").read_bytes() == (tmp_path / "there.svg").read_bytes()
+
+
+GROUPS = {
+    "first": {"ce+kl": [0.01, 0.02, 0.0], "ce+js": [0.03, 0.01, 0.02]},
+    "second": {"ce+kl": [-0.01, 0.0, 0.01], "ce+js": [0.5, 0.25, 0.75]},
+    "mean": {"ce+kl": [0.0, 0.01, 0.005], "ce+js": [0.25, 0.125, 0.375]},
+}
+
+
+def test_interval_panels_draw_each_group_on_one_scale_with_one_caption():
+    found = intervals.estimates(GROUPS)
+    figure = figures.interval_panels(found, title="T", xlabel="gain", points=GROUPS, zero=True)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(GROUPS)
+    for axes, (group, arms) in zip(figure.axes, GROUPS.items(), strict=True):
+        drawn = sorted(x for collection in axes.collections for x in collection.get_offsets()[:, 0])
+        assert drawn == pytest.approx(sorted([*arms["ce+kl"], *arms["ce+js"]])), group
+        assert [0, 0] in [list(line.get_xdata()) for line in axes.lines]
+    for left in figure.axes[::2]:
+        assert [text.get_text() for text in left.get_yticklabels()] == ["CE + KL", "CE + Jensen–Shannon"]
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+    assert [any(text.get_visible() for text in axes.texts) for axes in figure.axes] == [False, False, True]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "gain", "gain"]
+    plain = figures.interval_panels(found, title="T", xlabel="gain", points=GROUPS)
+    assert len(plain.axes[0].lines) == len(figure.axes[0].lines) - 1
+
+
+def responses(scale=1.0):
+    gains = {0.01: [0.1, 0.3], 0.1: [0.2, 0.2], 10.0: [-0.4, 0.0]}
+    return {value: intervals.mean_interval([scale * x for x in gain]) for value, gain in gains.items()}
+
+
+def test_response_panels_draw_a_line_an_arm_over_equally_spaced_values_with_intervals():
+    found = {
+        "epsilon": {"ce+sinkhorn": responses(), "ce+debiased": responses(0.5)},
+        "group": {"ce+sinkhorn": responses(3)},
+    }
+    figure = figures.response_panels(found, title="T", ylabel="gain")
+    first, second = figure.axes
+    assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("epsilon", "group")
+    assert [text.get_text() for text in first.get_xticklabels()] == ["0.01", "0.1", "10"]
+    for line, (arm, estimates) in zip(first.containers, found["epsilon"].items(), strict=True):
+        assert line.get_label() == looks.look(arm).label
+        assert line.lines[0].get_color() == looks.look(arm).colour
+        assert list(line.lines[0].get_xdata()) == [0, 1, 2]
+        assert list(line.lines[0].get_ydata()) == [estimate.mean for estimate in estimates.values()]
+        for segment, estimate in zip(line.lines[2][0].get_segments(), estimates.values(), strict=True):
+            assert sorted(segment[:, 1]) == pytest.approx([estimate.low, estimate.high])
+    assert first.get_ylim() == second.get_ylim()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["CE + Sinkhorn", "CE + Sinkhorn, debiased"]
+
+
+def test_response_panels_without_a_line_of_no_difference_keep_their_own_scales():
+    found = {"epsilon": {"ce+sinkhorn": responses()}, "group": {"ce+sinkhorn": responses(3)}}
+
+    def at_zero(figure):
+        return [any(list(line.get_ydata()) == [0, 0] for line in axes.lines) for axes in figure.axes]
+
+    free = figures.response_panels(found, title="T", ylabel="gain", zero=False)
+    assert free.axes[0].get_ylim() != free.axes[1].get_ylim()
+    assert at_zero(free) == [False, False]
+    assert at_zero(figures.response_panels(found, title="T", ylabel="gain")) == [True, True]
+
+
+def test_heat_panels_draw_the_matrix_row_by_row_from_0_and_part_its_groups():
+    values = [float(value) for value in range(9)]
+    figure = figures.heat_panels(
+        {"cost": values, "plan": [2.0] * 4}, title="T", xlabel="teacher", ylabel="student", edges={"cost": [1]}
+    )
+    cost, plan, *bars = figure.axes
+    assert np.array_equal(cost.images[0].get_array(), [[0, 1, 2], [3, 4, 5], [6, 7, 8]])
+    assert cost.images[0].get_clim() == (0, 8)
+    assert plan.images[0].get_clim() == (0, 2), "a matrix is shaded on the scale of another"
+    assert [list(line.get_ydata()) for line in cost.lines if line.get_xdata()[0] == 0] == [[0.5, 0.5]]
+    assert [list(line.get_xdata()) for line in cost.lines if line.get_ydata()[0] == 0] == [[0.5, 0.5]]
+    assert not plan.lines
+    assert (cost.get_xlabel(), cost.get_ylabel(), cost.get_title(loc="left")) == ("teacher", "student", "cost")
+    assert len(bars) == 2
 
 
 def test_a_line_plot_draws_each_curve_in_its_arms_colour_and_refuses_one_of_another_length():

@@ -134,6 +134,73 @@ def test_intervals_at_holm_levels_exclude_0_exactly_when_holm_rejects():
         assert [not est.low <= 0 <= est.high for est in estimates] == holm_rejects(p_values, 0.05)
 
 
+def measured(scores):
+    """A frame of test scores, in an order that is not that of the seeds: group -> arm -> {seed: score}."""
+    rows = [
+        {"task": group, "arm": arm, "seed": seed, "test/score": score}
+        for group, arms in scores.items()
+        for arm, seeds in arms.items()
+        for seed, score in seeds.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_gains_are_differences_of_the_same_seed_in_the_same_group():
+    frame = measured({
+        "b": {"kl": {2: 0.75, 0: 0.5, 1: 1.0}, "ce": {0: 0.25, 1: 0.5, 2: 0.125}},
+        "a": {"kl": {1: 0.5, 0: 0.25, 2: 0.0}, "ce": {2: 1.0, 1: 0.25, 0: 0.25}},
+    })  # fmt: skip
+    found = intervals.gains(frame, "test/score", reference="ce", by="task")
+    assert found == {
+        "b": {"kl": [0.25, 0.5, 0.625]},
+        "a": {"kl": [0.0, 0.25, -1.0]},
+        "mean": {"kl": [0.125, 0.375, -0.1875]},
+    }
+    estimate = intervals.estimates(found)["a"]["kl"]
+    assert estimate == intervals.paired_interval([0.25, 0.5, 0.0], [0.25, 0.25, 1.0])
+
+
+def test_gains_of_one_group_have_no_mean_and_arms_keep_their_order():
+    frame = measured({"a": {"sinkhorn": {0: 0.75}, "ce": {0: 0.5}, "kl": {0: 0.25}}})
+    found = intervals.gains(frame, "test/score", reference="ce", by="task")
+    assert found == {"a": {"sinkhorn": [0.25], "kl": [-0.25]}}
+    assert list(found["a"]) == ["sinkhorn", "kl"]
+    assert intervals.estimates(found)["a"]["kl"] == intervals.Estimate(-0.25, None, None, 1, 0.95)
+
+
+def test_gains_over_an_arm_that_was_not_measured_are_refused():
+    with pytest.raises(ValueError, match="expected the reference arm 'ce' among js, kl"):
+        intervals.gains(measured({"a": {"kl": {0: 1.0}, "js": {0: 0.5}}}), "test/score", reference="ce", by="task")
+
+
+def test_responses_are_gains_over_the_reference_at_the_centre_which_is_a_point_of_every_axis():
+    rows = [
+        ("centre", 0, "ce", {0: 0.25, 1: 0.5}),
+        ("centre", 0, "ce+kl", {0: 0.5, 1: 0.5}),
+        ("centre", 0, "sinkhorn", {1: 1.0, 0: 0.5}),
+        ("epsilon", 10.0, "sinkhorn", {1: 0.25, 0: 0.75}),
+        ("epsilon", 0.01, "sinkhorn", {0: 0.25, 1: 0.5}),
+        ("group", 1, "sinkhorn", {0: 1.0, 1: 1.0}),
+    ]
+    frame = pd.DataFrame(
+        {"axis": axis, "value": value, "arm": arm, "seed": seed, "test/score": score}
+        for axis, value, arm, scores in rows
+        for seed, score in scores.items()
+    )
+    found = intervals.responses(frame, "test/score", reference="ce", centre={"epsilon": 0.1, "group": 32, "p": 1})
+    expected = {
+        "epsilon": {0.01: [0.0, 0.0], 0.1: [0.25, 0.5], 10.0: [0.5, -0.25]},
+        "group": {1: [0.75, 0.5], 32: [0.25, 0.5]},
+    }
+    assert found == {
+        axis: {"sinkhorn": {value: intervals.mean_interval(gains) for value, gains in values.items()}}
+        for axis, values in expected.items()
+    }
+    assert {axis: list(arms["sinkhorn"]) for axis, arms in found.items()} == {
+        axis: list(values) for axis, values in expected.items()
+    }, "values ascend"
+
+
 def test_a_summary_has_a_row_a_group_and_metric_and_none_where_nothing_was_measured():
     frame = pd.DataFrame(
         {"arm": ["a", "a", "b"], "size": [1, 1, 2], "eval/x": [1.0, 3.0, 5.0], "eval/y": [None, None, 2.0]}

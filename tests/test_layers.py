@@ -10,10 +10,12 @@ from limbeck import closure, paths
 
 BELOW = {
     "losses": {"losses", "seeding"},
-    "tasks": {"tasks", "assets", "paths", "seeding"},
+    "tasks": {"tasks", "assets", "carriers", "paths", "seeding"},
     "training": {"training", "losses"},
-    "models": {"models", "assets", "paths", "seeding"},
-    "evaluation": {"evaluation", "tasks", "assets", "paths", "seeding"},
+    "models": {"models", "assets", "carriers", "paths", "seeding"},
+    "language_models": {"language_models", "models", "assets", "carriers", "paths", "seeding"},
+    "answers": {"answers", "tasks", "assets", "carriers", "paths", "seeding"},
+    "evaluation": {"evaluation", "tasks", "assets", "carriers", "paths", "seeding"},
 }
 EXHIBITS = ("records", "intervals", "rules", "claims", "figures", "readme")
 

@@ -20,7 +20,7 @@ def test_loading_draws_the_head_from_the_seed_and_leaves_the_global_state(tiny_b
 
 def test_the_head_is_normal_with_the_initializer_range_to_five_sigma(tiny_bert):
     weights = models.load_encoder(tiny_bert, classes=2000, seed=0).classifier.weight
-    assert weights.std().item() == pytest.approx(0.02, rel=5 / (2 * weights.numel()) ** 0.5)
+    assert weights.std().item() == pytest.approx(0.2, rel=5 / (2 * weights.numel()) ** 0.5)
 
 
 def test_a_student_computes_what_its_teacher_computes_in_its_first_layers(encoder):
@@ -35,6 +35,40 @@ def test_a_student_computes_what_its_teacher_computes_in_its_first_layers(encode
 def test_a_student_deeper_than_its_teacher_is_refused(encoder, layers):
     with pytest.raises(ValueError, match=f"between 1 and the model's 3, got {layers}"):
         models.first_layers(encoder, layers)
+
+
+def test_redrawn_layers_are_normal_with_the_initializer_range_biases_0_and_norms_1(encoder, global_generators):
+    before = {name: weight.clone() for name, weight in encoder.named_parameters()}
+    state = global_generators()
+    assert models.redraw_layers(encoder, 1) is encoder
+    assert global_generators() == state
+    drawn = []
+    for name, weight in encoder.named_parameters():
+        if "embeddings" in name or "classifier" in name:
+            assert torch.equal(weight, before[name]), name
+        elif weight.ndim == 1:
+            assert weight.eq("LayerNorm.weight" in name).all(), name
+        else:
+            drawn.append(weight.flatten())
+    drawn = torch.cat(drawn)
+    # 5 sigma: the standard error of a standard deviation is sigma / sqrt(2 n), that of a mean sigma / sqrt(n).
+    assert drawn.std().item() == pytest.approx(0.2, rel=5 / (2 * len(drawn)) ** 0.5)
+    assert abs(drawn.mean().item()) < 5 * 0.2 / len(drawn) ** 0.5
+
+
+def test_layers_are_redrawn_from_the_seed_alone(tiny_bert, encoder):
+    """Whatever they held before, and whatever head they have."""
+    trained = models.load_encoder(tiny_bert, classes=2, seed=9)
+    with torch.no_grad():
+        for weight in trained.base_model.encoder.parameters():
+            weight.add_(1)
+    one, two = (models.redraw_layers(model, 3).base_model.encoder for model in (encoder, trained))
+    for (name, weight), other in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+    held = one.layer[0].attention.self.query.weight.clone()
+    assert not torch.equal(
+        models.redraw_layers(encoder, 4).base_model.encoder.layer[0].attention.self.query.weight, held
+    )
 
 
 def test_reading_only_the_first_token_changes_neither_values_nor_gradients(encoder):

@@ -13,10 +13,12 @@ import yaml
 from safetensors import safe_open
 
 import tree
-from limbeck import paths, pipeline
+from limbeck import assets, paths, pipeline
 
-TRAIN = {f"sinkd-{name}-train" for name in ("fig_toy_divergences", "fig_gradient_shift", "table_divergences")}
-DRAW = {f"sinkd-{name}" for name in ("fig_toy_divergences", "fig_gradient_shift", "table_divergences")}
+LINES = {"sinkd-fig_toy_divergences", "sinkd-fig_gradient_shift"}
+ENCODERS = {"sinkd-table_encoder", "sinkd-fig_transport_plan", "sinkd-fig_permutation"}
+DRAW = LINES | ENCODERS
+TRAIN = {f"{name}-train" for name in DRAW}
 
 
 def test_the_committed_pipelines_are_those_that_the_notebooks_imports_and_params_give():
@@ -24,10 +26,13 @@ def test_the_committed_pipelines_are_those_that_the_notebooks_imports_and_params
         assert path.read_text() == text, "run `make pipeline`"
 
 
-def test_every_profile_that_params_yaml_may_name_has_the_same_experiments():
+def test_every_experiment_has_a_smoke_and_a_paper_section_and_is_retrained_by_default_or_full():
     for paper in pipeline.papers():
-        named = [pipeline.experiments(paper, profile) for profile in ("default", "smoke", "paper")]
-        assert named[0] == named[1] == named[2]
+        default, full, smoke, paper_scale = (
+            set(pipeline.experiments(paper, profile)) for profile in ("default", "full", "smoke", "paper")
+        )
+        assert default | full == smoke == paper_scale
+        assert default < smoke
 
 
 def test_every_stage_of_full_writes_to_full_and_every_other_to_the_chosen_profile():
@@ -37,10 +42,21 @@ def test_every_stage_of_full_writes_to_full_and_every_other_to_the_chosen_profil
         assert all("/${profile}/" in next(iter(out)) for out in stage["outs"])
 
 
+def test_prepare_brings_every_asset_but_those_on_request():
+    outs = yaml.safe_load(pipeline.texts()[paths.ROOT / "dvc.yaml"])["stages"]["prepare"]["outs"]
+    found = {next(iter(out)).removeprefix("data/raw/") for out in outs}
+    assert found == set(assets.manifest()) - {"smollm2"}
+
+
+def test_a_section_needs_the_assets_that_it_names_at_any_depth():
+    section = {"model": "minilm", "tasks": ["r52", "20ng"], "sizes": {"vader_movie": [1, 2]}, "steps": 3}
+    assert assets.named(pipeline._words(section)) == ["minilm", "topics", "vader"]
+
+
 def test_a_training_stage_never_depends_on_how_things_are_drawn():
     for name, stage in pipeline.stages("${profile}").items():
-        drawn = {"src/limbeck/figures.py", "src/limbeck/limbeck.mplstyle", "src/limbeck/claims.py"}
-        assert bool(drawn & set(stage["deps"])) == (not name.endswith("-train"))
+        drawn = {f"src/limbeck/{file}" for file in ("figures.py", "looks.py", "limbeck.mplstyle", "claims.py")}
+        assert drawn & set(stage["deps"]) == (set() if name.endswith("-train") else drawn)
 
 
 def test_the_inputs_of_a_run_are_whole_files_that_exist():
@@ -94,12 +110,13 @@ def test_nothing_is_left_to_run_in_what_is_committed(copy):
 @pytest.mark.parametrize(
     ("name", "old", "new", "expected"),
     [
-        ("src/limbeck/figures.py", "#d55e00", "#d55e01", DRAW),
+        ("src/limbeck/looks.py", "#d55e00", "#d55e01", DRAW),
+        ("src/limbeck/figures.py", "#8a8a8a", "#8a8a8b", DRAW),
         ("src/limbeck/limbeck.mplstyle", "font.size: 9", "font.size: 10", DRAW),
         ("src/limbeck/losses/transport.py", "import math", "import math\n", TRAIN),
-        ("src/limbeck/tasks/multiwoz_acts.py", "import json", "import json\n", {"sinkd-table_divergences-train"}),
+        ("src/limbeck/tasks/multiwoz_acts.py", "import json", "import json\n", {f"{name}-train" for name in ENCODERS}),
         ("params.yaml", "seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 2, 3, 4, 5]", TRAIN),
-        ("data/claims/sinkd.yaml", "id: kl-over-ce", "id: kl-before-ce", DRAW),
+        ("data/claims/sinkd.yaml", "id: encoder-kl-over-ce", "id: encoder-kl-before-ce", DRAW),
     ],
 )
 def test_a_change_makes_stale_exactly_what_depends_on_it(copy, name, old, new, expected):
@@ -112,7 +129,7 @@ def test_a_changed_section_makes_only_its_experiment_stale(copy):
     def change(text):
         sections = yaml.safe_load(text)
         sections["fig_toy_divergences"]["default"]["steps"] += 1
-        sections["table_divergences"]["smoke"]["epochs"] += 1
+        sections["table_encoder"]["smoke"]["epochs"] += 1
         return yaml.safe_dump(sections)
 
     assert after(copy, "params/sinkd.yaml", change) == {"sinkd-fig_toy_divergences-train"}
@@ -140,7 +157,7 @@ def test_saving_a_notebook_in_jupyter_makes_nothing_stale_but_changing_its_code_
 
 @pytest.mark.slow
 def test_a_cache_of_python_makes_nothing_stale(copy):
-    for folder in ("src/limbeck/__pycache__", "results/default/sinkd/table_divergences/__pycache__"):
+    for folder in ("src/limbeck/__pycache__", "results/default/sinkd/table_encoder/__pycache__"):
         (copy / folder).mkdir(parents=True, exist_ok=True)
         (copy / folder / "x.cpython-311.pyc").write_bytes(b"x")
     assert stale(copy) == set()
@@ -169,8 +186,12 @@ def set_workers(root, workers):
     settings.write_text(re.sub(r"workers: \d+", f"workers: {workers}", settings.read_text()))
 
 
-ARMS = ("ce", "kl", "rkl", "js", "tvd", "l1", "sinkhorn")
-FINAL, STEPS = 13, 4  # the teacher and 12 selection runs come before; a final cell of the smoke profile has 4 steps
+ARMS = ("ce", "ce+kl", "ce+kl+sinkhorn", "ce+value", "ce+zero_one", "ce+l1")
+FINAL, STEPS = 11, 3  # the teacher and 10 selection runs come before; a final cell of the smoke profile has 3 steps
+
+
+def final(arm, seed):
+    return f"phase=final,task=multiwoz_acts,student=first-2,arm={arm},seed={seed}.json"
 
 
 def stop_in_a_final_cell(running, root):
@@ -218,7 +239,7 @@ def test_a_run_killed_in_the_middle_of_a_cell_goes_on_there_and_an_added_seed_ru
     with (tmp_path / "log").open("w") as log:
         assert train(killed, log).wait() == 0, (tmp_path / "log").read_text()
     fresh = {name for name, path in records(killed).items() if before.get(name) != path.stat().st_mtime_ns}
-    assert fresh == {f"phase=final,arm={arm},seed=1.json" for arm in ARMS}
+    assert fresh == {final(arm, 1) for arm in ARMS}
     for arm in ARMS:
-        one, other = (records(killed)[f"phase=final,arm={arm},seed={seed}.json"].read_text() for seed in (0, 1))
+        one, other = (records(killed)[final(arm, seed)].read_text() for seed in (0, 1))
         assert json.loads(one)["curve"] != json.loads(other)["curve"]

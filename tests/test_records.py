@@ -39,8 +39,12 @@ def test_cell_name_keeps_the_order_of_the_coordinates():
     assert records.cell_name({"arm": "kl", "seed": 0, "epsilon": 0.1}) == "arm=kl,seed=0,epsilon=0.1"
 
 
+def test_cell_name_keeps_the_sum_that_an_arm_may_be():
+    assert records.cell_name({"arm": "ce+kl", "student": "first-2"}) == "arm=ce+kl,student=first-2"
+
+
 @pytest.mark.parametrize(
-    "cell", [{}, {"arm": "a/b"}, {"arm": "a,seed=1"}, {"arm": ""}, {"a b": 1}, {"arm": "é"}, {"x": 1e20}]
+    "cell", [{}, {"arm": "a/b"}, {"arm": "a,seed=1"}, {"arm": ""}, {"a b": 1}, {"arm": "é"}, {"x": math.nan, "y": None}]
 )
 def test_cell_name_refuses_what_a_file_name_cannot_hold(cell):
     with pytest.raises(ValueError, match="coordinate"):

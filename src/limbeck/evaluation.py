@@ -1,5 +1,7 @@
 """What a classifier says, and how often it is right."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,23 +12,46 @@ from limbeck.tasks.classification import Encoded
 _BATCH = 128
 
 
+class Outputs(NamedTuple):
+    """What a classifier says of a batch: logits in float32 and, where asked for, the first token after every layer."""
+
+    logits: Float[Tensor, "batch classes"]
+    states: Float[Tensor, "layers batch width"] | None = None
+
+
 def forward(
-    model: PreTrainedModel, data: Encoded, rows: Int[Tensor, " batch"], dtype: torch.dtype
-) -> Float[Tensor, "batch classes"]:
-    """Logits of some rows in float32; matrix products in `dtype` (autocast where it is not float32)."""
+    model: PreTrainedModel, data: Encoded, rows: Int[Tensor, " batch"], dtype: torch.dtype, *, states: bool = False
+) -> Outputs:
+    """The outputs of some rows; matrix products in `dtype` (autocast where it is not float32)."""
     ids, mask = (x.to(model.device) for x in data.rows(rows))
     with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        return model(input_ids=ids, attention_mask=mask).logits.float()
+        found = model(input_ids=ids, attention_mask=mask, output_hidden_states=states)
+    firsts = torch.stack([layer[:, 0].float() for layer in found.hidden_states[1:]]) if states else None
+    return Outputs(found.logits.float(), firsts)
 
 
 @torch.inference_mode()
-def logits(model: PreTrainedModel, data: Encoded, dtype: torch.dtype) -> Float[Tensor, "row classes"]:
-    """Logits of every row, on the CPU; batches are of like length, so that little is padding."""
+def all_rows(model: PreTrainedModel, data: Encoded, dtype: torch.dtype, *, states: bool = False) -> Outputs:
+    """The outputs of every row, on the CPU; batches are of like length, so that little is padding."""
     order = torch.argsort(data.lengths, stable=True)
-    found = torch.cat([forward(model, data, rows, dtype).cpu() for rows in torch.split(order, _BATCH)])
-    return torch.empty_like(found).index_copy_(0, order, found)
+    found = [forward(model, data, rows, dtype, states=states) for rows in torch.split(order, _BATCH)]
+    back = torch.argsort(order)
+    logits = torch.cat([part.logits.cpu() for part in found])[back]
+    return Outputs(logits, torch.cat([part.states.cpu() for part in found], 1)[:, back] if states else None)
 
 
 def accuracy(found: Float[Tensor, "row classes"], labels: Int[Tensor, " row"]) -> float:
     """The share of rows whose largest logit is the label's, in [0, 1]."""
     return (found.argmax(-1) == labels).double().mean().item()
+
+
+def score(metric: str, found: Float[Tensor, "row classes"], labels: Int[Tensor, " row"]) -> float:
+    """How right the largest logits are: accuracy, Matthews correlation in [-1, 1], or F1 of class 1 of two classes."""
+    if metric == "accuracy":
+        return accuracy(found, labels)
+    from sklearn.metrics import f1_score, matthews_corrcoef  # noqa: PLC0415  (a second to import, for two GLUE tasks)
+
+    scores = {"matthews": matthews_corrcoef, "f1": f1_score}
+    if metric not in scores:
+        raise ValueError(f"received metric {metric!r}, expected accuracy or one of {sorted(scores)}")
+    return float(scores[metric](labels.numpy(), found.argmax(-1).numpy()))

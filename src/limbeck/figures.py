@@ -1,15 +1,15 @@
 """Figures: one style, one look an arm, and helpers that draw what they are given and compute nothing.
 
-An arm has the same label, colour (after Okabe and Ito: told apart without red and green) and marker everywhere. Titles
-state the finding and are passed in; every interval is drawn, and the caption says over what. Longer than 200 lines
-because it holds one helper a kind of picture.
+An arm looks the same everywhere (`looks`). Titles state the finding and are passed in; every interval is drawn, and
+the caption says over what. Longer than 200 lines because it holds one helper a kind of picture.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,35 +19,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
+from limbeck.looks import ARMS, Look, look
+
 if TYPE_CHECKING:  # an exhibit's picture should not wait for scipy
     from limbeck.intervals import Estimate
 
 STYLE = Path(__file__).with_name("limbeck.mplstyle")
 WIDTH = 7.2  # inches: about the text column of a README
 GREY = "#8a8a8a"
-
-
-class Look(NamedTuple):
-    """How an arm appears, everywhere."""
-
-    label: str
-    colour: str
-    marker: str
-
-
-ARMS = {
-    "teacher": Look("Teacher", "#333333", "*"),
-    "ce": Look("Cross-entropy", "#8a8a8a", "o"),
-    "kl": Look("KL", "#0072b2", "s"),
-    "rkl": Look("Reverse KL", "#56b4e9", "v"),
-    "js": Look("Jensen–Shannon", "#009e73", "^"),
-    "tvd": Look("Total variation", "#cc79a7", "D"),
-    "l1": Look("L1", "#e69f00", "P"),
-    "sinkhorn": Look("Sinkhorn", "#d55e00", "o"),
-    "recipe": Look("Plain recipe", "#999933", "X"),
-    "pot": Look("POT", "#882255", "p"),
-    "geomloss": Look("geomloss", "#44aa99", "h"),
-}
 
 
 def style() -> AbstractContextManager[None]:
@@ -74,20 +53,29 @@ def save(figure: Figure, path: Path, *, note: str = "") -> None:
 
 
 def panels(
-    count: int, *, columns: int = 1, height: float = 2.8, left: float = 1.2, bottom: float = 0.75
+    count: int,
+    *,
+    columns: int = 1,
+    height: float = 2.8,
+    left: float = 1.2,
+    bottom: float = 0.75,
+    title: str = "",
+    shared: bool = True,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of README width with `count` axes that share their scales.
+    """A figure of README width with `count` axes that share their scales, if not told otherwise, under one title.
 
     Units: inches, of a row and of the margins; fixed, since a fitted layout drifts in the last bits between drawings.
     """
     rows = -(-count // columns)
-    tall, right, top, across, between = rows * height, 0.15, 0.35, 0.4, 0.5
+    top, right, across, between = 0.7 if title else 0.35, 0.15, 0.4, 0.5
+    tall = rows * height + top - 0.35
     wide, high = WIDTH - left - right - across * (columns - 1), tall - top - bottom - between * (rows - 1)
     place = {"left": left / WIDTH, "right": 1 - right / WIDTH, "bottom": bottom / tall, "top": 1 - top / tall}
     place |= {"wspace": across * columns / wide, "hspace": between * rows / high}
     with style():
         figure = plt.figure(figsize=(WIDTH, tall))
-        axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False, gridspec_kw=place).flat)
+        axes = list(figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False, gridspec_kw=place).flat)
+        figure.suptitle(title, x=0.012, y=1 - 0.1 / tall, ha="left", va="top", fontsize=10)
     for spare in axes[count:]:
         spare.remove()
     for lowest in axes[:count][-columns:]:
@@ -114,8 +102,8 @@ def interval_plot(
             raise ValueError(f"expected the {estimate.count} replicates of {arm!r}, got {points.get(arm)}")
     with style():
         for row, (arm, estimate) in enumerate(estimates.items()):
-            _whisker(axes, row, ARMS[arm], estimate, points[arm])
-        axes.set_yticks(range(len(estimates)), [ARMS[arm].label for arm in estimates])
+            _whisker(axes, row, look(arm), estimate, points[arm])
+        axes.set_yticks(range(len(estimates)), [look(arm).label for arm in estimates])
         axes.set_ylim(len(estimates) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
@@ -127,12 +115,88 @@ def interval_plot(
     return axes
 
 
-def _whisker(axes: Axes, row: int, look: Look, estimate: "Estimate", points: Sequence[float] | np.ndarray) -> None:
-    axes.scatter(points, [row + 0.24] * estimate.count, s=11, color=look.colour, alpha=0.35, linewidths=0)
+def _whisker(axes: Axes, row: int, shape: Look, estimate: "Estimate", points: Sequence[float] | np.ndarray) -> None:
+    axes.scatter(points, [row + 0.24] * estimate.count, s=11, color=shape.colour, alpha=0.35, linewidths=0)
     if estimate.low is not None:
-        axes.plot([estimate.low, estimate.high], [row, row], color=look.colour)
-    face = "white" if estimate.low is None else look.colour
-    axes.plot(estimate.mean, row, look.marker, color=look.colour, markerfacecolor=face, markersize=6.5)
+        axes.plot([estimate.low, estimate.high], [row, row], color=shape.colour)
+    face = "white" if estimate.low is None else shape.colour
+    axes.plot(estimate.mean, row, shape.marker, color=shape.colour, markerfacecolor=face, markersize=6.5)
+
+
+def interval_panels(
+    found: Mapping[str, Mapping[str, "Estimate"]],
+    *,
+    title: str,
+    xlabel: str,
+    points: Mapping[str, Mapping[str, Sequence[float]]],
+    columns: int = 2,
+    zero: bool = False,
+) -> Figure:
+    """One `interval_plot` a title, on one scale; the caption stands once. `zero` draws the line of no difference."""
+    rows, arms = -(-len(found) // columns), max(map(len, found.values()))
+    figure, axes = panels(len(found), title=title, columns=columns, height=0.28 * arms + 0.9, left=1.75, bottom=0.8)
+    for axis, (name, estimates) in zip(axes, found.items(), strict=True):
+        interval_plot(axis, estimates, xlabel=xlabel, points=points[name], title=name)
+        axis.texts[0].set_visible(axis is axes[(rows - 1) * columns])
+        axis.set_xlabel(xlabel if axis in axes[-columns:] else "")
+        if zero:
+            axis.axvline(0, color=GREY, linewidth=0.8, zorder=0)
+    return figure
+
+
+def response_panels(
+    found: Mapping[str, Mapping[str, Mapping[float, "Estimate"]]],
+    *,
+    title: str,
+    ylabel: str,
+    columns: int = 3,
+    zero: bool = True,
+) -> Figure:
+    """One panel a name: a line an arm over the values of one setting, equally spaced in their order, with intervals.
+
+    `found` is name -> arm -> value -> estimate. With `zero`, no difference is marked and all panels have one scale.
+    """
+    figure, axes = panels(len(found), title=title, columns=columns, height=2.1, left=0.75, bottom=0.75, shared=False)
+    with style():
+        for axis, (name, arms) in zip(axes, found.items(), strict=True):
+            for arm, estimates in arms.items():
+                _response(axis, look(arm), list(estimates.values()))
+            ticks = [f"{value:g}" for value in next(iter(arms.values()))]
+            axis.set_xticks(range(len(ticks)), ticks)
+            axis.set_title(name)
+            if zero:
+                axis.axhline(0, color=GREY, linewidth=0.8, zorder=0)
+        limits = [axis.get_ylim() for axis in axes]
+        for axis in axes if zero else ():
+            axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        figure.supylabel(ylabel, x=0.01, fontsize=9, color="#444444")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=3)
+    return figure
+
+
+def _response(axes: Axes, shape: Look, estimates: Sequence["Estimate"]) -> None:
+    means = [estimate.mean for estimate in estimates]
+    spread = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
+    drawn = {"color": shape.colour, "marker": shape.marker, "label": shape.label}
+    axes.errorbar(range(len(means)), means, spread, markersize=4, linewidth=1.2, **drawn)
+
+
+def heat_panels(
+    found: Mapping[str, Sequence[float]], *, title: str, xlabel: str, ylabel: str, edges: Mapping[str, Sequence[int]]
+) -> Figure:
+    """Square matrices, flat and row by row, as shades, each on its own scale from 0; `edges` end a name's groups."""
+    figure, axes = panels(len(found), columns=2, height=3.1, left=0.45, bottom=0.6, title=title, shared=False)
+    with style():
+        for axis, (name, values) in zip(axes, found.items(), strict=True):
+            side = math.isqrt(len(values))
+            shade = axis.imshow(np.reshape(values, (side, side)), cmap="cividis", vmin=0, interpolation="nearest")
+            figure.colorbar(shade, ax=axis, shrink=0.85)
+            for edge in edges.get(name, ()):
+                axis.axhline(edge - 0.5, color="white", linewidth=0.4)
+                axis.axvline(edge - 0.5, color="white", linewidth=0.4)
+            axis.grid(visible=False)
+            axis.set(title=name, xticks=[], yticks=[], xlabel=xlabel, ylabel=ylabel)
+    return figure
 
 
 def line_plot(
@@ -147,7 +211,7 @@ def line_plot(
         raise ValueError(f"expected curves of {np.shape(x)}, got {wrong}")
     with style():
         for index, (arm, y) in enumerate(curves.items()):  # ever thinner, so that lines that coincide both show
-            axes.plot(x, y, color=ARMS[arm].colour, label=ARMS[arm].label, linewidth=3.2 - 0.6 * index)
+            axes.plot(x, y, color=look(arm).colour, label=look(arm).label, linewidth=3.2 - 0.6 * index)
         axes.set_yscale("log")
         axes.grid(axis="y")
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
@@ -217,5 +281,5 @@ def _caption(estimates: Mapping[str, "Estimate"]) -> str:
 def _check_arms(arms: Mapping[str, object]) -> None:
     if not arms:
         raise ValueError("expected at least one arm to draw, got none")
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise ValueError(f"expected arms among {', '.join(ARMS)}; got {', '.join(unknown)}")
+    for arm in arms:
+        look(arm)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+FIELDS = ("mean", "low", "high", "count", "level")  # of an Estimate, as `summarise` spells them
 Numbers = Sequence[float | int] | np.ndarray
 
 
@@ -92,6 +93,46 @@ def _moments(values: Numbers) -> tuple[float, float, int]:
     if np.ptp(array) == 0:  # a sum of equal numbers may round away from them
         return float(array[0]), 0.0, array.size
     return float(array.mean()), float(array.std(ddof=1)) / math.sqrt(array.size), array.size
+
+
+def gains(frame: pd.DataFrame, metric: str, *, reference: str, by: str) -> dict[str, dict[str, list[float]]]:
+    """The metric of every arm minus the reference arm's, seed by seed: group -> arm -> differences.
+
+    With several groups, `mean` is their average, seed by seed. Raises ValueError if the reference was not measured.
+    """
+    if reference not in set(frame["arm"]):
+        raise ValueError(f"expected the reference arm {reference!r} among {', '.join(sorted(set(frame['arm'])))}")
+    arms = [arm for arm in dict.fromkeys(frame["arm"]) if arm != reference]
+    wide = frame.pivot(index=[by, "seed"], columns="arm", values=metric)
+    wide = wide[arms].sub(wide[reference], axis=0)
+    groups = {str(group): wide.loc[group] for group in dict.fromkeys(frame[by])}
+    if len(groups) > 1:
+        groups["mean"] = wide.groupby(level="seed").mean()
+    return {group: {arm: part[arm].dropna().tolist() for arm in arms} for group, part in groups.items()}
+
+
+def estimates(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Estimate]]:
+    """`mean_interval` of every list of `gains`."""
+    return {group: {arm: mean_interval(values) for arm, values in arms.items()} for group, arms in found.items()}
+
+
+def responses(
+    frame: pd.DataFrame, metric: str, *, reference: str, centre: dict[str, float]
+) -> dict[str, dict[str, dict[float, Estimate]]]:
+    """Gains over the reference arm at the centre, seed by seed: axis -> arm -> value -> estimate, values ascending.
+
+    `centre` holds the axes and the value that each has at the centre, which is a point of every axis.
+    """
+    at_centre = frame[frame["axis"] == "centre"]
+    base = at_centre[at_centre["arm"] == reference].set_index("seed")[metric]
+    found: dict[str, dict[str, dict[float, Estimate]]] = {}
+    for axis, value in centre.items():
+        part = frame[frame["axis"] == axis]
+        part = pd.concat([part, at_centre[at_centre["arm"].isin(part["arm"])].assign(value=value)])
+        for (arm, setting), group in part.groupby(["arm", "value"]):
+            gain = (group.set_index("seed")[metric] - base).dropna().tolist()
+            found.setdefault(axis, {}).setdefault(arm, {})[setting] = mean_interval(gain)
+    return found
 
 
 def summarise(frame: pd.DataFrame, *, by: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:

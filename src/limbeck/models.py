@@ -61,6 +61,22 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     return student
 
 
+def redraw_layers(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Draw the encoder's layers and the pooler anew, as BERT starts: N(0, initializer_range^2), biases 0, norms 1.
+
+    The embeddings stay as they were pretrained; returns the model.
+    """
+    generator = seeding.generator(seed, "layers")
+    for name, parameter in sorted(model.base_model.named_parameters()):
+        if name.startswith("embeddings"):
+            continue
+        if parameter.ndim > 1:
+            parameter.data.normal_(0.0, model.config.initializer_range, generator=generator)
+        else:
+            parameter.data.fill_(float(name.endswith("LayerNorm.weight")))
+    return model
+
+
 def freeze_embeddings(model: PreTrainedModel) -> PreTrainedModel:
     """Take the embeddings out of training; returns the model."""
     model.base_model.embeddings.requires_grad_(False)

@@ -70,9 +70,7 @@ def stages(profile: str) -> dict[str, Any]:
 def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]:
     notebook = paths.NOTEBOOKS / paper / "train.ipynb"
     section = yaml.safe_load((paths.PARAMS / f"{paper}.yaml").read_text())[experiment][of]
-    needed = [
-        f"data/raw/{value}" for value in section.values() if isinstance(value, str) and value in assets.manifest()
-    ]
+    needed = [f"data/raw/{asset}" for asset in assets.named(_words(section))]
     return {
         "cmd": f"python -m limbeck.notebooks {_relative(notebook)} experiment={experiment} profile={profile}",
         "deps": sorted([*code(notebook, experiment), *needed]),
@@ -86,6 +84,15 @@ def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]
             {f"data/checkpoints/{profile}/{paper}/{experiment}": {"persist": True}},
         ],
     }
+
+
+def _words(section: Any) -> set[str]:
+    """Every text in a section's values, at any depth, and every key."""
+    if isinstance(section, dict):
+        return _words([*section, *section.values()])
+    if isinstance(section, list):
+        return set().union(*map(_words, section))
+    return {section} if isinstance(section, str) else set()
 
 
 def _exhibit(paper: str, exhibit: str, profile: str) -> dict[str, Any]:
@@ -115,10 +122,11 @@ def _relative(path: Path) -> str:
 
 def texts() -> dict[Path, str]:
     """Both pipeline files, as they must be."""
+    fetched = [name for name, asset in assets.manifest().items() if not asset.on_request]
     prepare = {
         "cmd": "python -m limbeck.assets",
         "deps": sorted(["data/assets.yaml", *map(_relative, closure.files("limbeck.assets"))]),
-        "outs": [{f"data/raw/{name}": {"persist": True}} for name in sorted(assets.manifest())],
+        "outs": [{f"data/raw/{name}": {"persist": True}} for name in sorted(fetched)],
     }
     full = {name: {"wdir": "../.."} | stage for name, stage in stages("full").items()}
     return {

@@ -38,8 +38,8 @@ def cell_name(cell: Mapping[str, Any]) -> str:
     for name, value in cell.items():
         if not isinstance(value, str | int | float) or not re.fullmatch(r"\w+", str(name), re.ASCII):
             raise ValueError(f"a coordinate is a word with a string or a number, got {name!r}: {value!r}")
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", str(value)):
-            raise ValueError(f"coordinate {name!r} may hold letters, digits, '_', '.' and '-', got {value!r}")
+        if not re.fullmatch(r"[A-Za-z0-9_.+-]+", str(value)):
+            raise ValueError(f"coordinate {name!r} may hold letters, digits, '_', '.', '+' and '-', got {value!r}")
     if not cell:
         raise ValueError("a cell needs at least one coordinate, such as {'arm': 'kl', 'seed': 0}, got none")
     return ",".join(f"{name}={value}" for name, value in cell.items())

@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -83,6 +84,45 @@ def test_a_run_stopped_anywhere_and_continued_equals_an_unbroken_one_to_the_bit(
     assert continued == curve
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert taken == 10 - 3 * ((stop - 1) // 3)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 9])
+def test_what_is_measured_stands_in_the_curve_after_every_window_also_in_a_continued_run(tmp_path, stop):
+    """`measure` sees the parameters after the window's last step, and is called no more often than that."""
+
+    def measured(parameters):
+        return lambda: {"eval/bias": parameters["bias"].item()}
+
+    whole, loss = problem()
+    steps = supervised.fit(whole, loss, BATCHES, state=None, measure=measured(whole), **SETTINGS)
+    biases = []
+    try:
+        while True:
+            next(steps)
+            biases.append(whole["bias"].item())
+    except StopIteration as end:
+        curve = end.value
+    assert curve["eval/bias"] == [biases[2], biases[5], biases[8], biases[9]]
+    plain, plain_loss = problem()
+    without = finish(supervised.fit(plain, plain_loss, BATCHES, state=None, **SETTINGS))
+    assert without == {name: values for name, values in curve.items() if name != "eval/bias"}
+    options = {"state": tmp_path / "state", **SETTINGS}
+    broken, broken_loss = problem()
+    cut = supervised.fit(broken, broken_loss, BATCHES, measure=measured(broken), **options)
+    list(itertools.islice(cut, stop))
+    again, again_loss = problem()
+    assert finish(supervised.fit(again, again_loss, BATCHES, measure=measured(again), **options)) == curve
+
+
+def test_a_run_without_a_state_takes_the_same_steps_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept, loss = problem()
+    curve = finish(supervised.fit(kept, loss, BATCHES, state=tmp_path / "folder" / "state", **SETTINGS))
+    shutil.rmtree(tmp_path / "folder")
+    free, free_loss = problem()
+    assert finish(supervised.fit(free, free_loss, BATCHES, state=None, **SETTINGS)) == curve
+    assert all(torch.equal(kept[name], free[name]) for name in kept)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_state_is_one_safetensors_file_with_the_step_in_it(tmp_path):

@@ -22,16 +22,18 @@ def fit(
     *,
     learning_rate: float,
     clip_norm: float,
-    state: Path,
+    state: Path | None,
     save_every: int,
+    measure: Callable[[], dict[str, float]] | None = None,
 ) -> Generator[dict[str, float], None, Curve]:
     """Minimise the sum of the terms that `loss(rows)` returns, one optimiser step per `next`; returns the curve.
 
-    The curve holds the mean of every term over windows of `save_every` steps. After each window the run is saved to
-    `state`, and a later call with the same arguments goes on from there. Yields the step's terms and gradient norm.
+    The curve holds the mean of every term over windows of `save_every` steps, and what `measure` says after each. Then
+    the run is saved to `state`, if there is one, and a later call with the same arguments goes on from there. Yields
+    the step's terms and gradient norm.
     """
     optimiser = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0, fused=True)
-    saved = resume.load(state, parameters, optimiser) or {"step": 0, "curve": {}}
+    saved = (state and resume.load(state, parameters, optimiser)) or {"step": 0, "curve": {}}
     curve: Curve = saved["curve"]
     window: list[dict[str, float]] = []
     for step in range(saved["step"], len(batches)):
@@ -41,10 +43,12 @@ def fit(
         window.append(record)
         yield {"step": step + 1, "steps": len(batches), **record}
         if len(window) == save_every or step + 1 == len(batches):
-            for name in record:
-                curve.setdefault(name, []).append(sum(r[name] for r in window) / len(window))
+            means = {name: sum(r[name] for r in window) / len(window) for name in record}
+            for name, value in (means | (measure() if measure else {})).items():
+                curve.setdefault(name, []).append(value)
             window = []
-            resume.save(state, parameters, optimiser, {"step": step + 1, "curve": curve})
+            if state:
+                resume.save(state, parameters, optimiser, {"step": step + 1, "curve": curve})
     return curve
 
 

@@ -1,12 +1,14 @@
 """What a step of each loss costs, forward and backward: ours, the plain recipe, POT's and geomloss's, and KL.
 
-`recipe` is SinKD's loss as one would first write it: torch.cdist, and logsumexp iterations under autograd. POT runs
-the same number of iterations, without its stopping test, and ends on rows. geomloss anneals epsilon instead of
-iterating a fixed number of times: the same cost and final epsilon, another algorithm. Where classes are few, a
-training step of `table_divergences`'s student is timed beside them. Run by `make bench` only.
+`fallback` is ours as it runs without numba. `recipe` is SinKD's loss as one would first write it: torch.cdist, and
+logsumexp iterations under autograd. POT runs the same number of iterations, without its stopping test, and ends on
+rows. geomloss anneals epsilon instead of iterating a fixed number of times: the same cost and final epsilon, another
+algorithm. Where classes are few, a training step of `table_encoder`'s student is timed beside them. Run by
+`make bench` only.
 """
 
 from collections.abc import Callable
+from unittest import mock
 
 import ot
 import pandas as pd
@@ -15,8 +17,8 @@ from geomloss import SamplesLoss
 from torch import Tensor
 
 from limbeck import models, params, seeding, timing
-from limbeck.experiments.sinkd import encoder, table_divergences
-from limbeck.losses import divergence, transport
+from limbeck.experiments.sinkd import encoder, table_encoder, terms
+from limbeck.losses import divergence, manhattan, transport
 
 SHAPES = {"smoke": ((8, 3),), "bench": ((32, 3), (32, 17), (256, 1000), (32, 30522), (256, 8000))}
 ROUNDS = {"smoke": 1, "bench": 15}
@@ -51,13 +53,13 @@ def _rows(batch: int, classes: int, rounds: int) -> list[dict[str, float | int |
 
 
 def step(batch: int, classes: int) -> Callable[[], object]:
-    """Forward and backward of cross-entropy through `table_divergences`'s student on texts of the median length."""
-    section = params.load("sinkd", "table_divergences", "default", table_divergences.Params)
-    student = encoder.pretrained(section, classes, 0, section.layers)
+    """Forward and backward of cross-entropy through `table_encoder`'s student on texts of the median length."""
+    section = params.load("sinkd", "table_encoder", "default", table_encoder.Params)
+    student = encoder.pretrained(section, classes, 0, section.students[0])
     weights = list(models.trainable(student).values())
     ids = torch.arange(1000, 1000 + batch * TOKENS).reshape(batch, TOKENS)
     labels = torch.arange(batch) % classes
-    return lambda: torch.autograd.grad(encoder.cross_entropy(student(ids).logits, labels), weights, allow_unused=True)
+    return lambda: torch.autograd.grad(terms.cross_entropy(student(ids).logits, labels), weights, allow_unused=True)
 
 
 def losses(batch: int, classes: int) -> dict[str, Callable[[], Tensor]]:
@@ -81,9 +83,14 @@ def losses(batch: int, classes: int) -> dict[str, Callable[[], Tensor]]:
     def ours(probs: Tensor) -> Tensor:
         return transport.sinkhorn_distance(probs, target, epsilon=EPSILON, iterations=ITERATIONS)
 
+    def fallback() -> Tensor:
+        with mock.patch.object(manhattan, "_kernels", lambda: None):
+            return gradient(ours)()
+
     return {
         "kl": lambda: torch.autograd.grad(divergence.forward_kl(student, teacher), student)[0],
         "sinkhorn": gradient(ours),
+        "fallback": fallback,
         "recipe": gradient(lambda probs: recipe(probs, target)),
         "pot": gradient(with_pot),
         "geomloss": gradient(lambda probs: batch * geometry(probs, target)),

@@ -1,0 +1,191 @@
+"""Classification in words: a language model reads a prompt and is asked for one of several answers.
+
+`answer_logits` is teacher forcing on the right answer; `predictions` is rank classification: the answer with the
+largest sum of token log-probabilities, over the whole vocabulary, wins. Both read the model at answer positions only,
+and only there the head is computed, since a vocabulary of 50,000 words costs more than the layers of a small model.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+from limbeck.tasks.prompted import Prompted
+
+_BATCH = 32
+Tokens = tuple[int, ...]
+
+
+class Question(NamedTuple):
+    """A prompt and its possible answers as token ids, and the index of the right one."""
+
+    prompt: Tokens
+    choices: tuple[Tokens, ...]
+    answer: int
+
+    @property
+    def right(self) -> Tokens:
+        """The right answer."""
+        return self.choices[self.answer]
+
+
+def encode(
+    examples: Sequence[Prompted], tokenizer: PreTrainedTokenizerBase, *, longest: int, end: Tokens
+) -> list[Question]:
+    """Token ids of the examples; a prompt keeps its last `longest` tokens, where the question stands.
+
+    Every answer ends in `end`: an encoder-decoder's end token, or nothing.
+    Raises ValueError for an empty prompt, or where one answer is the beginning of another.
+    """
+    known: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
+    questions = []
+    for example in examples:
+        if example.choices not in known:
+            known[example.choices] = tuple((*ids, *end) for ids in _ids(tokenizer, example.choices))
+            _require_distinct(known[example.choices], example.choices)
+        (prompt,) = _ids(tokenizer, [example.prompt])
+        if not prompt:
+            raise ValueError(f"expected a prompt of at least one token, got {example.prompt!r}")
+        questions.append(Question(prompt[-longest:], known[example.choices], example.answer))
+    return questions
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokens]:
+    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def _require_distinct(choices: Sequence[Tokens], texts: Sequence[str]) -> None:
+    for first, one in zip(choices, texts, strict=True):
+        for second, other in zip(choices, texts, strict=True):
+            if one != other and second[: len(first)] == first:
+                raise ValueError(f"expected no answer that begins another, got {one!r} and {other!r} as {first}")
+
+
+def answer_states(model: PreTrainedModel, questions: Sequence[Question]) -> Float[Tensor, "question time width"]:
+    """The states from which the model's head predicts each token of the right answers."""
+    owners = torch.arange(len(questions), device=model.device)
+    return _states(model, [q.prompt for q in questions], owners, [q.right[:-1] for q in questions])
+
+
+def right_tokens(
+    questions: Sequence[Question], device: torch.device
+) -> tuple[Int[Tensor, "question time"], Bool[Tensor, "question time"]]:
+    """The right answers as padded token ids, and where they are not padding."""
+    ids, mask = _padded([q.right for q in questions], device)
+    return ids, mask.bool()
+
+
+@torch.inference_mode()
+def predictions(model: PreTrainedModel, questions: Sequence[Question], dtype: torch.dtype) -> Int[Tensor, " question"]:
+    """The index of the answer with the largest sum of token log-probabilities; of equals, the first.
+
+    A prompt is read once, and every distinct beginning of its answers once after it.
+    """
+    found = torch.empty(len(questions), dtype=torch.long)
+    for rows in _batches(questions):
+        with autocast(model, dtype):
+            scores = _scores(model, [questions[row] for row in rows])
+        found[rows] = torch.tensor([score.index(max(score)) for score in scores])
+    return found
+
+
+@torch.inference_mode()
+def all_states(
+    model: PreTrainedModel, questions: Sequence[Question], dtype: torch.dtype
+) -> Float[Tensor, "question time width"]:
+    """`answer_states` of many questions, in float32 on the CPU."""
+    longest = max(len(question.right) for question in questions)
+    found = torch.zeros(len(questions), longest, head(model).in_features)
+    for rows in _batches(questions):
+        with autocast(model, dtype):
+            states = answer_states(model, [questions[row] for row in rows])
+        found[rows, : states.shape[1]] = states.float().cpu()
+    return found
+
+
+def _batches(questions: Sequence[Question]) -> list[list[int]]:
+    """The rows of all questions, in batches of prompts of like length."""
+    order = sorted(range(len(questions)), key=lambda row: len(questions[row].prompt))
+    return [order[start : start + _BATCH] for start in range(0, len(order), _BATCH)]
+
+
+def _scores(model: PreTrainedModel, questions: Sequence[Question]) -> list[list[float]]:
+    """The log-probability of each answer of each question."""
+    steps = [
+        ((row, choice[:k]), choice[k])
+        for row, question in enumerate(questions)
+        for choice in question.choices
+        for k in range(len(choice))
+    ]
+    beginnings = {beginning: place for place, beginning in enumerate(dict.fromkeys(where for where, _ in steps))}
+    owners = torch.tensor([row for row, _ in beginnings], device=model.device)
+    states = _states(model, [q.prompt for q in questions], owners, [tokens for _, tokens in beginnings])
+    last = torch.tensor([len(tokens) for _, tokens in beginnings])
+    logits = head(model)(states[torch.arange(len(last)), last]).float()
+    places, tokens = (list(x) for x in zip(*((beginnings[where], token) for where, token in steps), strict=True))
+    values = iter((logits[places, tokens] - logits.logsumexp(-1)[places]).tolist())
+    return [[sum(next(values) for _ in choice) for choice in question.choices] for question in questions]
+
+
+def head(model: PreTrainedModel) -> nn.Module:
+    """The map from states to logits over the vocabulary."""
+    return model.get_output_embeddings()
+
+
+def autocast(model: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype` where it is not float32."""
+    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _states(
+    model: PreTrainedModel, prompts: Sequence[Tokens], owners: Int[Tensor, " tail"], tails: Sequence[Tokens]
+) -> Float[Tensor, "tail time width"]:
+    """What the head would read: after a prompt, then after each token of a tail. `owners` are the tails' prompts.
+
+    A decoder's prompts are padded on the left, so that a tail follows its prompt without a gap (GPT-Neo's windows count
+    stored places).
+    """
+    with _without_head(model):
+        if model.config.is_encoder_decoder:
+            ids, mask = _padded(prompts, model.device)
+            encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+            ids, _ = _padded([(model.config.decoder_start_token_id, *tail) for tail in tails], model.device)
+            inputs = {"encoder_outputs": BaseModelOutput(encoded[owners]), "decoder_input_ids": ids, "use_cache": False}
+            return model(attention_mask=mask[owners], **inputs).logits
+        ids, mask = _padded(prompts, model.device, left=True)
+        inputs = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        ends = model(input_ids=ids, attention_mask=mask, position_ids=positions, **inputs).logits[owners, -1:]
+        if not any(tails):
+            return ends
+        inputs["past_key_values"].batch_select_indices(owners)
+        ids, seen = _padded(tails, model.device)
+        positions = mask.sum(1)[owners, None] + torch.arange(ids.shape[1], device=model.device)
+        seen = torch.cat([mask[owners], seen], 1)
+        return torch.cat([ends, model(input_ids=ids, attention_mask=seen, position_ids=positions, **inputs).logits], 1)
+
+
+@contextlib.contextmanager
+def _without_head(model: PreTrainedModel) -> Iterator[None]:
+    """The model's logits are its states for a while."""
+    kept = head(model)
+    model.set_output_embeddings(nn.Identity())
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(kept)
+
+
+def _padded(rows: Sequence[Tokens], device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids, padded with 0, and the mask of what is not padding, both int64 [row, longest]."""
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        kept = slice(longest - len(tokens), longest) if left else slice(len(tokens))
+        ids[row, kept], mask[row, kept] = torch.tensor(tokens, dtype=torch.long), 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,31 @@
+"""SinKD between encoder-decoders: a T5 is taught to classify in words, and a smaller T5 learns from it.
+
+All weights of both are trained. An answer ends in the end token, which is a position of every loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from limbeck import language_models
+from limbeck.experiments.cells import Cell, Place
+from limbeck.experiments.sinkd import generation, generation_cells
+
+
+@dataclass(frozen=True)
+class Params(generation_cells.Section):
+    """The section of params/sinkd.yaml; sources stand there."""
+
+
+def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
+    """The teacher, the selection runs, then every arm by seed."""
+    return generation_cells.cells(params, seeds)
+
+
+def run(cell: Cell, params: Params, place: Place) -> generation.Steps:
+    """Train and score one cell; yields once a step. An untrained model is drawn by the cell's seed."""
+    tokenizer, data = generation.prepare(params, ends=True)
+    teaching = cell.coordinates["phase"] == "teacher"
+    name = params.teacher if teaching else params.student
+    model = language_models.load(name, tokenizer, seed=cell.coordinates["seed"])
+    run = generation.Run(model, data, params, place)
+    return (yield from generation.train_teacher(run) if teaching else generation.train_student(run, cell.coordinates))

@@ -1,0 +1,48 @@
+"""How each arm looks in every figure: label, colour (after Okabe and Ito: told apart without red and green), marker."""
+
+from typing import NamedTuple
+
+
+class Look(NamedTuple):
+    """How an arm appears, everywhere."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+ARMS = {
+    "teacher": Look("Teacher", "#333333", "*"),
+    "ce": Look("CE", "#8a8a8a", "o"),
+    "kl": Look("KL", "#0072b2", "s"),
+    "rkl": Look("Reverse KL", "#56b4e9", "v"),
+    "js": Look("Jensen–Shannon", "#009e73", "^"),
+    "tvd": Look("Total variation", "#cc79a7", "D"),
+    "l1": Look("L1", "#e69f00", "P"),
+    "sinkhorn": Look("Sinkhorn", "#d55e00", "o"),
+    "debiased": Look("Sinkhorn, debiased", "#117733", "o"),
+    "value": Look("OT of values", "#ddaa33", "X"),
+    "zero_one": Look("0–1 OT", "#bb5566", "p"),
+    "sinkhorn_answer": Look("Sinkhorn, first token", "#d55e00", "o"),
+    "sinkhorn_position": Look("Sinkhorn, by position", "#aa4499", "s"),
+    "sinkhorn_tokens": Look("Sinkhorn, all tokens", "#882255", "D"),
+    "rkd": Look("RKD", "#332288", "h"),
+    "dkd": Look("DKD", "#88ccee", "<"),
+    "pkd": Look("PKD", "#661100", ">"),
+    "takd": Look("TAKD", "#6699cc", "d"),
+    "fallback": Look("Sinkhorn, without numba", "#f0b27a", "v"),
+    "recipe": Look("Plain recipe", "#999933", "X"),
+    "pot": Look("POT", "#882255", "p"),
+    "geomloss": Look("geomloss", "#44aa99", "h"),
+}
+
+
+def look(arm: str) -> Look:
+    """How an arm appears; a sum of terms, such as `ce+kl`, is named in full and looks like its last term.
+
+    Raises ValueError for an arm, or a term of one, that is not in the table.
+    """
+    names = arm.split("+")
+    if unknown := [name for name in names if name not in ARMS]:
+        raise ValueError(f"expected arms among {', '.join(ARMS)}, or sums of them; got {unknown[0]} in {arm}")
+    return ARMS[names[-1]]._replace(label=" + ".join(ARMS[name].label for name in names))

@@ -1,0 +1,60 @@
+"""Cells of encoder experiments on the tiny BERT and texts of conftest, driven without a ledger."""
+
+import dataclasses
+
+import torch
+
+from limbeck import params
+from limbeck.experiments.cells import Place
+
+SMALL = {
+    "longest": 12,
+    "split_sizes": (48, 24, 24),
+    "teacher_epochs": 10,
+    "teacher_learning_rate": 0.01,
+    "epochs": 1,
+    "learning_rate": 0.01,
+    "batch_size": 16,
+    "group": 16,
+    "save_every": 1,
+    "matching_batches": 1,
+}
+
+
+def section(module, model, **changes):
+    """The committed smoke section of an experiment on a model from a folder: three steps an epoch."""
+    committed = params.load("sinkd", module.__name__.rpartition(".")[2], "smoke", module.Params)
+    return dataclasses.replace(committed, model=model, **SMALL | changes)
+
+
+def place(folder, name, found=()):
+    """Where one cell runs: checkpoints in `folder`, its state under its name, after the records `found`."""
+    return Place(folder, folder / name / "state", list(found), torch.device("cpu"), "float32")
+
+
+def drive(module, params, cell, where, kill_at=None):
+    """A cell's result, or None where it was left at a step."""
+    steps = module.run(cell, params, where)
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as stop:
+            return stop.value
+        if step["step"] == kill_at:
+            return None
+
+
+def run_all(module, params, folder, seeds=(0,)):
+    """The records of every cell, each run with those of the turns before its own."""
+    found = []
+    for number, cell in enumerate(module.cells(params, seeds)):
+        earlier = [run for run in found if run["turn"] < cell.turn]
+        result = drive(module, params, cell, place(folder, str(number), earlier))
+        found.append({"cell": cell.coordinates, "turn": cell.turn, "leaves": cell.leaves} | vars(result))
+    return found
+
+
+def pick(found, **coordinates):
+    """The one record at these coordinates."""
+    (run,) = [run for run in found if coordinates.items() <= run["cell"].items()]
+    return run

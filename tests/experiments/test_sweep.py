@@ -1,0 +1,97 @@
+"""The sweep over SinKD's hyperparameters on a tiny model: an axis moves one number and nothing else."""
+
+import dataclasses
+
+import pytest
+
+import cells
+from limbeck import params, records
+from limbeck.experiments.sinkd import fig_hyperparameters, sweep
+
+VALUES = {"epsilon": 1.0, "iterations": 3, "temperature": 4.0, "group": 5, "p": 2, "strength": 10.0}
+
+
+@pytest.fixture(scope="module")
+def section(tiny_bert, tiny_texts):
+    """One value an axis beside the centre's."""
+    committed = cells.section(fig_hyperparameters, tiny_bert, task=tiny_texts)
+    axes = {f"{axis}_values": (getattr(committed, axis), value) for axis, value in VALUES.items()}
+    return dataclasses.replace(committed, **axes)
+
+
+@pytest.fixture(scope="module")
+def ran(section, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ran")
+    return cells.run_all(fig_hyperparameters, section, folder), folder
+
+
+def test_every_axis_has_its_values_but_the_centres_and_arms_without_transport_the_centre_alone(section, ran):
+    found = [tuple(run["cell"][key] for key in ("axis", "value", "arm")) for run in ran[0]]
+    centre = [("centre", 0, arm) for arm in ("ce", "ce+kl", "ce+kl+sinkhorn")]
+    expected = {("teacher", 0, "teacher"), *centre, *((*pair, "ce+kl+sinkhorn") for pair in VALUES.items())}
+    assert set(found) == expected
+    assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize("axis", sweep.AXES)
+def test_a_setting_is_the_centre_of_a_section_that_has_its_value_there(section, ran, axis, tmp_path):
+    found, folder = ran
+    moved = dataclasses.replace(section, **{axis: VALUES[axis]})
+    (cell,) = [
+        cell
+        for cell in fig_hyperparameters.cells(moved, (0,))
+        if {"axis": "centre", "arm": "ce+kl+sinkhorn"}.items() <= cell.coordinates.items()
+    ]
+    result = cells.drive(fig_hyperparameters, moved, cell, cells.place(folder, axis))
+    setting, centre = (cells.pick(found, axis=name, arm="ce+kl+sinkhorn") for name in (axis, "centre"))
+    assert vars(result).items() <= setting.items()
+    assert setting["curve"] != centre["curve"], f"{axis} moves nothing"
+    assert setting["curve"]["loss/kl"][0] == centre["curve"]["loss/kl"][0], f"{axis} moves KL"
+
+
+def test_each_added_term_has_its_strength_times_the_weight_that_matches_ces_gradient(section, ran):
+    """A strength of KL doubled at the centre doubles its part of the first step's loss, and no other part."""
+    found, folder = ran
+    matched = cells.pick(found, axis="centre", arm="ce+kl+sinkhorn")
+    strong = cells.pick(found, axis="strength", value=10.0)
+    assert strong["metrics"]["loss/weight"] == pytest.approx(10 * matched["metrics"]["loss/weight"], rel=1e-12)
+    double = dataclasses.replace(section, kl_strength=2 * section.kl_strength)
+    (cell,) = [c for c in fig_hyperparameters.cells(double, (0,)) if c.coordinates == matched["cell"]]
+    curve = cells.drive(fig_hyperparameters, double, cell, cells.place(folder, "double")).curve
+    for term, factor in (("ce", 1), ("kl", 2), ("sinkhorn", 1)):
+        assert curve[f"loss/{term}"][0] == pytest.approx(factor * matched["curve"][f"loss/{term}"][0], rel=1e-6)
+
+
+def test_a_seed_and_a_value_change_no_other_cell(section):
+    def by_name(section, seeds=(0,)):
+        return {records.cell_name(cell.coordinates): cell for cell in fig_hyperparameters.cells(section, seeds)}
+
+    one = by_name(section)
+    for more in (by_name(section, (0, 1)), by_name(dataclasses.replace(section, epsilon_values=(0.1, 1.0, 7.0)))):
+        assert one == {name: more[name] for name in one}
+        assert len(more) > len(one)
+    moved = by_name(dataclasses.replace(section, kl_strength=3.0))
+    assert not [name for name in one if moved[name] == one[name]]
+
+
+def test_the_centre_is_a_point_of_every_committed_axis():
+    """As the figure assumes; an axis that is not swept has no values."""
+    for profile in ("smoke", "full", "paper"):
+        section = params.load("sinkd", "fig_hyperparameters", profile, fig_hyperparameters.Params)
+        for axis in sweep.AXES:
+            assert getattr(section, axis) in getattr(section, f"{axis}_values") or profile == "smoke", axis
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": "second-2"}, "spelled first-N or random-N, N layers, got 'second-2'"),
+        ({"arms": ("ce+wasserstein",)}, "ce or one of kl, .* got 'wasserstein'"),
+        ({"p_values": (1, 3)}, "p must be one of 1, 2; got 3"),
+        ({"group_values": (1, 0)}, "group must be above 0, got 0"),
+        ({"epsilon_values": (-0.1,)}, "epsilon must be above 0, got -0.1"),
+    ],
+)
+def test_a_section_that_cannot_be_run_is_refused(section, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(section, **change)
