@@ -9,7 +9,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
-EXHIBITS = $(shell for file in dvc.yaml pipelines/full/dvc.yaml; do \
+PIPELINES := dvc.yaml pipelines/full/dvc.yaml
+PROFILE = $(shell sed -nE 's/^profile: *([a-z]+).*/\1/p' params.yaml)
+EXHIBITS = $(shell for file in $(PIPELINES); do \
 	sed -nE "s|^  ([a-z]+-[a-z_]+):|$$file:\1|p" $$file; done | grep -v -- "-train")
 
 .DEFAULT_GOAL := help
@@ -39,7 +41,9 @@ smoke: $(READY)  ## the whole chain with the smoke profile, in a temporary copy 
 	python tests/tree.py smoke
 
 figures: $(READY)  ## draw the exhibits again from the committed records; nothing is retrained
-	dvc repro --single-item --force $(EXHIBITS)
+	sed -n 's/^    cmd: python -m limbeck.notebooks //p' $(PIPELINES) | grep -v experiment= | \
+		sed 's/$${profile}/$(PROFILE)/' | xargs -P 2 -L 1 python -m limbeck.notebooks
+	dvc commit --quiet --force $(EXHIBITS)
 	python -m limbeck.readme
 
 full: $(READY)  ## the long experiments (an hour on two cores; stop and continue at will)

@@ -134,13 +134,15 @@ def interval_panels(
 ) -> Figure:
     """One `interval_plot` a title, on one scale; the caption stands once. `zero` draws the line of no difference."""
     rows, arms = -(-len(found) // columns), max(map(len, found.values()))
-    figure, axes = panels(len(found), title=title, columns=columns, height=0.28 * arms + 0.9, left=1.75, bottom=0.8)
+    figure, axes = panels(
+        len(found), title=title, columns=columns, height=0.3 * arms + (0.9 if rows > 1 else 1.4), left=1.75, bottom=0.8
+    )
     for axis, (name, estimates) in zip(axes, found.items(), strict=True):
         interval_plot(axis, estimates, xlabel=xlabel, points=points[name], title=name)
         axis.texts[0].set_visible(axis is axes[(rows - 1) * columns])
         axis.set_xlabel(xlabel if axis in axes[-columns:] else "")
         if zero:
-            axis.axvline(0, color=GREY, linewidth=0.8, zorder=0)
+            axis.axvline(0, color=GREY, linewidth=1.0, zorder=1)
     return figure
 
 

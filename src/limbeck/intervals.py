@@ -96,13 +96,13 @@ def _moments(values: Numbers) -> tuple[float, float, int]:
 
 
 def gains(frame: pd.DataFrame, metric: str, *, reference: str, by: str) -> dict[str, dict[str, list[float]]]:
-    """The metric of every arm minus the reference arm's, seed by seed: group -> arm -> differences.
+    """The metric of every arm minus the reference arm's, seed by seed: group -> arm -> differences, short sums first.
 
     With several groups, `mean` is their average, seed by seed. Raises ValueError if the reference was not measured.
     """
     if reference not in set(frame["arm"]):
         raise ValueError(f"expected the reference arm {reference!r} among {', '.join(sorted(set(frame['arm'])))}")
-    arms = [arm for arm in dict.fromkeys(frame["arm"]) if arm != reference]
+    arms = sorted(set(frame["arm"]) - {reference}, key=lambda arm: (arm.count("+"), arm))
     wide = frame.pivot(index=[by, "seed"], columns="arm", values=metric)
     wide = wide[arms].sub(wide[reference], axis=0)
     groups = {str(group): wide.loc[group] for group in dict.fromkeys(frame[by])}

@@ -121,14 +121,14 @@ def test_a_term_named_twice_counts_with_the_sum_of_its_weights(run, outputs):
 def test_the_matched_weight_makes_both_gradients_equally_long(run, outputs, name):
     weight = distill.matched(run, name, outputs)
     rows = run.batches[0]
-    norms = [gradient(run, arm, w, outputs, ROWS).norm().item() for arm, w in (("ce", []), (name, [weight]))]
+    norms = [gradient(run, arm, w, outputs, rows).norm().item() for arm, w in (("ce", []), (name, [weight]))]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_the_matched_weight_is_the_ratio_of_the_mean_norms_over_the_first_batches(run, outputs, section):
     run = dataclasses.replace(run, section=dataclasses.replace(section, matching_batches=2))
     norms = [
-        [gradient(run, arm, w, outputs, ROWS).norm().item() for rows in run.batches[:2]]
+        [gradient(run, arm, w, outputs, rows).norm().item() for rows in run.batches[:2]]
         for arm, w in (("ce", []), ("js", [1.0]))
     ]
     assert distill.matched(run, "js", outputs) == pytest.approx(sum(norms[0]) / sum(norms[1]), rel=1e-4)

@@ -54,7 +54,8 @@ def test_each_added_term_has_its_strength_times_the_weight_that_matches_ces_grad
     found, folder = ran
     matched = cells.pick(found, axis="centre", arm="ce+kl+sinkhorn")
     strong = cells.pick(found, axis="strength", value=10.0)
-    assert strong["metrics"]["loss/weight"] == pytest.approx(10 * matched["metrics"]["loss/weight"], rel=1e-12)
+    ratio = 10.0 / section.strength
+    assert strong["metrics"]["loss/weight"] == pytest.approx(ratio * matched["metrics"]["loss/weight"], rel=1e-12)
     double = dataclasses.replace(section, kl_strength=2 * section.kl_strength)
     (cell,) = [c for c in fig_hyperparameters.cells(double, (0,)) if c.coordinates == matched["cell"]]
     curve = cells.drive(fig_hyperparameters, double, cell, cells.place(folder, "double")).curve
