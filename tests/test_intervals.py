@@ -160,12 +160,12 @@ def test_gains_are_differences_of_the_same_seed_in_the_same_group():
     assert estimate == intervals.paired_interval([0.25, 0.5, 0.0], [0.25, 0.25, 1.0])
 
 
-def test_gains_of_one_group_have_no_mean_and_arms_keep_their_order():
-    frame = measured({"a": {"sinkhorn": {0: 0.75}, "ce": {0: 0.5}, "kl": {0: 0.25}}})
+def test_gains_of_one_group_have_no_mean_and_short_sums_come_first():
+    frame = measured({"a": {"ce+kl+js": {0: 0.75}, "ce": {0: 0.5}, "ce+kl": {0: 0.25}}})
     found = intervals.gains(frame, "test/score", reference="ce", by="task")
-    assert found == {"a": {"sinkhorn": [0.25], "kl": [-0.25]}}
-    assert list(found["a"]) == ["sinkhorn", "kl"]
-    assert intervals.estimates(found)["a"]["kl"] == intervals.Estimate(-0.25, None, None, 1, 0.95)
+    assert found == {"a": {"ce+kl": [-0.25], "ce+kl+js": [0.25]}}
+    assert list(found["a"]) == ["ce+kl", "ce+kl+js"]
+    assert intervals.estimates(found)["a"]["ce+kl"] == intervals.Estimate(-0.25, None, None, 1, 0.95)
 
 
 def test_gains_over_an_arm_that_was_not_measured_are_refused():

@@ -75,9 +75,9 @@ def _across(
 
 
 def _inside(student: Tensor, teacher: Tensor, params: Params) -> dict[str, list[float]]:
-    """Cost and plan between the classes of the sample on which student and teacher differ most."""
+    """Cost and plan between classes, the student's as rows, of the sample on which the two differ most."""
     row = (student - teacher).abs().sum(1).argmax()
     source, target = (probs[row].double() / probs[row].double().sum() for probs in (teacher, student))
     cost = 1 - torch.eye(len(source), dtype=torch.float64)
     plan = ot.sinkhorn(source, target, cost, params.epsilon, method="sinkhorn_log", numItermax=10_000)
-    return {"sample/cost": cost.flatten().tolist(), "sample/plan": plan.flatten().tolist()}
+    return {"sample/cost": cost.flatten().tolist(), "sample/plan": plan.T.flatten().tolist()}
