@@ -70,11 +70,11 @@ def test_inside_one_sample_the_plan_moves_the_teachers_probabilities_to_the_stud
     _, found = shown
     plan, cost = found["sample/plan"], found["sample/cost"]
     assert cost.tolist() == (1 - np.eye(3)).tolist()
-    teacher, student = plan.sum(1), plan.sum(0)
+    teacher, student = plan.sum(0), plan.sum(1)
     assert plan.sum() == pytest.approx(1, abs=1e-6)
     assert np.abs(teacher - student).sum() == pytest.approx(np.diag(found["batch/cost"]).max(), abs=1e-5)
     logits = distill.load_outputs(cells.place(ran[1], "run"), distill.outputs_file(section.task))["test"]
     answers = (logits / section.temperature).softmax(-1).numpy()
     assert np.abs(answers - teacher).max(1).min() < 1e-6
-    expected = transport.marginal_plan(cost, teacher, student, section.epsilon, 2000)
+    expected = transport.marginal_plan(cost, teacher, student, section.epsilon, 2000).T
     assert plan == pytest.approx(expected, abs=1e-6)
