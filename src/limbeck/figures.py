@@ -178,9 +178,10 @@ def response_panels(
 
 def _response(axes: Axes, shape: Look, estimates: Sequence["Estimate"]) -> None:
     means = [estimate.mean for estimate in estimates]
-    spread = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
+    ends = [(e.mean, e.mean) if e.low is None else (e.low, e.high) for e in estimates]
+    spread = [[e.mean - low, high - e.mean] for e, (low, high) in zip(estimates, ends, strict=True)]
     drawn = {"color": shape.colour, "marker": shape.marker, "label": shape.label}
-    axes.errorbar(range(len(means)), means, spread, markersize=4, linewidth=1.2, **drawn)
+    axes.errorbar(range(len(means)), means, np.transpose(spread), markersize=4, linewidth=1.2, **drawn)
 
 
 def heat_panels(
