@@ -135,7 +135,7 @@ def interval_panels(
     """One `interval_plot` a title, on one scale; the caption stands once. `zero` draws the line of no difference."""
     rows, arms = -(-len(found) // columns), max(map(len, found.values()))
     figure, axes = panels(
-        len(found), title=title, columns=columns, height=0.3 * arms + (0.9 if rows > 1 else 1.4), left=1.75, bottom=0.8
+        len(found), title=title, columns=columns, height=0.3 * arms + (0.9 if rows > 1 else 1.4), left=2.0, bottom=0.8
     )
     for axis, (name, estimates) in zip(axes, found.items(), strict=True):
         interval_plot(axis, estimates, xlabel=xlabel, points=points[name], title=name)
