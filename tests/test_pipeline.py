@@ -191,7 +191,12 @@ FINAL, STEPS = 11, 3  # the teacher and 10 selection runs come before; a final c
 
 
 def final(arm, seed):
-    return f"phase=final,task=multiwoz_acts,student=first-2,arm={arm},seed={seed}.json"
+    return f"phase=final,task=20ng,student=first-2,arm={arm},seed={seed}.json"
+
+
+def settled_cells(root):
+    file = root / "data" / "checkpoints" / "smoke" / "sinkd" / "table_divergences" / "settled.json"
+    return set(json.loads(file.read_text())) if file.is_file() else set()
 
 
 def stop_in_a_final_cell(running, root):
@@ -200,8 +205,9 @@ def stop_in_a_final_cell(running, root):
         family = [running, *running.children(recursive=True)]
         for process in family:
             process.suspend()
-        states = list((root / "data" / "resume").rglob("state.safetensors"))
-        for state in states if len(records(root)) >= FINAL else ():
+        settled = settled_cells(root)
+        states = [p for p in (root / "data" / "resume").rglob("state.safetensors") if p.parent.name not in settled]
+        for state in states if len(settled) >= FINAL else ():
             with safe_open(state, "pt") as file:
                 step = json.loads(file.metadata()["state"])["step"]
             if step < STEPS:
