@@ -9,10 +9,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
-PIPELINES := dvc.yaml pipelines/full/dvc.yaml
 PROFILE = $(shell sed -nE 's/^profile: *([a-z]+).*/\1/p' params.yaml)
-EXHIBITS = $(shell for file in $(PIPELINES); do \
-	sed -nE "s|^  ([a-z]+-[a-z_]+):|$$file:\1|p" $$file; done | grep -v -- "-train")
+RECORDS = $(shell ls -d results/{$(PROFILE),full}/*/*/ 2>/dev/null | grep -vE '/(executed|provenance)/' | sed 's|/$$||')
+STAGES = $(shell printf '%s\n' $(RECORDS) | \
+	sed -E 's|results/full/([^/]+)/|pipelines/full/dvc.yaml:\1-|; s|results/[^/]+/([^/]+)/|\1-|')
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce test smoke figures full bench lab lint pipeline readme clean
@@ -41,9 +41,9 @@ smoke: $(READY)  ## the whole chain with the smoke profile, in a temporary copy 
 	python tests/tree.py smoke
 
 figures: $(READY)  ## draw the exhibits again from the committed records; nothing is retrained
-	sed -n 's/^    cmd: python -m limbeck.notebooks //p' $(PIPELINES) | grep -v experiment= | \
-		sed 's/$${profile}/$(PROFILE)/' | xargs -P 2 -L 1 python -m limbeck.notebooks
-	dvc commit --quiet --force $(EXHIBITS)
+	printf '%s\n' $(RECORDS) | sed -E 's|results/([^/]+)/([^/]+)/([^/]+)|notebooks/\2/\3.ipynb profile=\1|' | \
+		xargs -P 2 -L 1 python -m limbeck.notebooks
+	dvc commit --quiet --force $(STAGES)
 	python -m limbeck.readme
 
 full: $(READY)  ## the long experiments (an hour on two cores; stop and continue at will)
