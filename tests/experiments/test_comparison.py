@@ -21,6 +21,7 @@ from limbeck.experiments.sinkd import (
     table_divergences,
     table_encoder,
 )
+from limbeck.tasks import classification
 
 ARMS = ("ce", "ce+kl", "ce+kl+kl", "ce+kl+sinkhorn", "ce+takd")
 TABLES = {
@@ -308,3 +309,36 @@ def test_the_checksums_of_the_assets_are_part_of_what_a_cell_depends_on():
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(section, **change)
+
+
+@pytest.mark.parametrize("task", ["cola", "mrpc"])
+def test_the_paper_profile_runs_on_data_with_glues_columns(task, tiny_bert, tmp_path):
+    """One sentence and Matthews correlation, two sentences and F1; labels that the first letter gives away."""
+    columns = ("sentence",) if task == "cola" else ("sentence1", "sentence2")
+    for split, count in (("train", 40), ("validation", 16)):
+        rows = [
+            dict.fromkeys(columns, f"{'xy'[i % 2]} a b c {'d ' * (i % 5)}") | {"label": i % 2} for i in range(count)
+        ]
+        file = tmp_path / "glue" / task / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(json.dumps(row | {"idx": i}) for i, row in enumerate(rows)))
+    committed = params.load("sinkd", "table_encoder", "paper", table_encoder.Params)
+    small = cells.SMALL | {"split_sizes": (-1, 8, -1), "selection_texts": 16, "multiples": (1.0,)}
+    names = {"model": tiny_bert, "tasks": (f"glue/{task}@{tmp_path / 'glue'}",), "students": ("first-2",)}
+    section = dataclasses.replace(committed, **small | names)
+    found = cells.run_all(table_encoder, section, tmp_path)
+    assert [run["cell"]["phase"] for run in found] == ["teacher", "selection", "selection", "final", "final", "final"]
+    outputs = distill.load_outputs(cells.place(tmp_path, "x"), found[0]["leaves"][0])
+    assert [len(outputs[split]) for split in ("train", "validation", "test")] == [32, 8, 16]
+    right = [example.label == "1" for example in classification.splits(section.tasks[0], (-1, 8, -1), seed=0)[2]]
+    said = outputs["test"].argmax(-1).bool().tolist()
+    both, wrong, missed = (
+        sum(pair in kinds for pair in zip(right, said, strict=True))
+        for kinds in ([(True, True)], [(False, True)], [(True, False)])
+    )
+    neither = 16 - both - wrong - missed
+    product = (both + wrong) * (both + missed) * (neither + wrong) * (neither + missed)
+    matthews = (both * neither - wrong * missed) / product**0.5
+    expected = matthews if task == "cola" else 2 * both / (2 * both + wrong + missed)
+    assert found[0]["metrics"]["test/score"] == pytest.approx(expected)
+    assert expected > 0.3
