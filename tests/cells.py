@@ -1,4 +1,4 @@
-"""Cells of encoder experiments on the tiny BERT and texts of conftest, driven without a ledger."""
+"""Cells of experiments on tiny models and texts, driven without a ledger."""
 
 import dataclasses
 

@@ -280,3 +280,13 @@ def test_a_line_plot_draws_each_curve_in_its_arms_colour_and_refuses_one_of_anot
     }
     with pytest.raises(ValueError, match=r"expected curves of \(2,\), got \{'kl': \(3,\)\}"):
         figures.line_plot(axes[0], [1.0, 2.0], {"kl": [1.0, 2.0, 3.0]}, xlabel="x", ylabel="y")
+
+
+def test_a_title_names_the_arms_whose_interval_excludes_no_difference():
+    def estimate(low, high):
+        return intervals.Estimate(0.0, low, high, 5, 0.95)
+
+    found = {"ce+kl": estimate(0.1, 0.2), "ce+js": estimate(-0.1, 0.2), "ce+rkd": estimate(-0.3, -0.1)}
+    assert figures.decided(found) == "above 0: CE + KL; below 0: CE + RKD"
+    edges = {"kl": estimate(0.0, 0.2), "js": estimate(-0.2, 0.0), "rkl": intervals.Estimate(1.0, None, None, 1, 0.95)}
+    assert figures.decided(edges) == "above 0: none; below 0: none"

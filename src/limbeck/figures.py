@@ -123,6 +123,13 @@ def _whisker(axes: Axes, row: int, shape: Look, estimate: "Estimate", points: Se
     axes.plot(estimate.mean, row, shape.marker, color=shape.colour, markerfacecolor=face, markersize=6.5)
 
 
+def decided(estimates: Mapping[str, "Estimate"]) -> str:
+    """Which arms' intervals exclude 0, in words for a title: `above 0: RKD; below 0: none`."""
+    above = [look(arm).label for arm, estimate in estimates.items() if estimate.low is not None and estimate.low > 0]
+    below = [look(arm).label for arm, estimate in estimates.items() if estimate.high is not None and estimate.high < 0]
+    return f"above 0: {', '.join(above) or 'none'}; below 0: {', '.join(below) or 'none'}"
+
+
 def interval_panels(
     found: Mapping[str, Mapping[str, "Estimate"]],
     *,

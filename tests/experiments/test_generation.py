@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
+import cells
 from limbeck import language_models, params
 from limbeck.answers import Question
-from limbeck.experiments.cells import Place
 from limbeck.experiments.sinkd import generation, generation_cells, table_decoder, table_encoder_decoder
 from limbeck.experiments.sinkd.generation_cells import TEACHER
 from limbeck.training import supervised
@@ -36,33 +36,9 @@ def table(request, texts):
     return module, dataclasses.replace(section, data=texts, longest=12, batch_size=8)
 
 
-def drive(module, section, cell, place, kill_at=None):
-    steps = module.run(cell, section, place)
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as stop:
-            return stop.value
-        if step["step"] == kill_at:
-            return None
-
-
-def place(folder, name, found=()):
-    return Place(folder, folder / name / "state", list(found), torch.device("cpu"), "float32")
-
-
-def run_all(module, section, folder, seeds=(0,)):
-    found = []
-    for number, cell in enumerate(module.cells(section, seeds)):
-        earlier = [run for run in found if run["turn"] < cell.turn]
-        result = drive(module, section, cell, place(folder, str(number), earlier))
-        found.append({"cell": cell.coordinates, "turn": cell.turn, "metrics": result.metrics, "curve": result.curve})
-    return found
-
-
 def test_the_whole_experiment_runs_and_every_arm_takes_its_chosen_weights(table, tmp_path):
     module, section = table
-    found = run_all(module, section, tmp_path)
+    found = cells.run_all(module, section, tmp_path)
     added = len(section.arms) - 1
     assert len(found) == 1 + added * len(section.multiples) + len(section.arms)
     assert (tmp_path / TEACHER).is_file()
@@ -85,17 +61,17 @@ def test_the_whole_experiment_runs_and_every_arm_takes_its_chosen_weights(table,
 def test_a_killed_cell_goes_on_to_the_same_bits(table, tmp_path):
     module, section = table
     section = dataclasses.replace(section, save_every=2)
-    teacher, *_ = cells = module.cells(section, (0,))
-    whole = drive(module, section, teacher, place(tmp_path, "whole"))
+    teacher, *_ = every = module.cells(section, (0,))
+    whole = cells.drive(module, section, teacher, cells.place(tmp_path, "whole"))
     bits = (tmp_path / TEACHER).read_bytes()
-    assert drive(module, section, teacher, place(tmp_path, "cut"), kill_at=4) is None
+    assert cells.drive(module, section, teacher, cells.place(tmp_path, "cut"), kill_at=4) is None
     torch.rand(7)
-    assert drive(module, section, teacher, place(tmp_path, "cut")) == whole
+    assert cells.drive(module, section, teacher, cells.place(tmp_path, "cut")) == whole
     assert (tmp_path / TEACHER).read_bytes() == bits
-    chosen = next(cell for cell in cells if cell.coordinates["arm"] == "ce+kl")
-    whole = drive(module, section, chosen, place(tmp_path, "student"))
-    assert drive(module, section, chosen, place(tmp_path, "again"), kill_at=3) is None
-    assert drive(module, section, chosen, place(tmp_path, "again")) == whole
+    chosen = next(cell for cell in every if cell.coordinates["arm"] == "ce+kl")
+    whole = cells.drive(module, section, chosen, cells.place(tmp_path, "student"))
+    assert cells.drive(module, section, chosen, cells.place(tmp_path, "again"), kill_at=3) is None
+    assert cells.drive(module, section, chosen, cells.place(tmp_path, "again")) == whole
 
 
 def test_terms_are_selected_one_after_another_and_a_seed_changes_no_other_cell(table):
@@ -154,7 +130,7 @@ def run(table, tmp_path):
         "states": torch.randn(6, 3, 16, generator=source),
         "head.weight": torch.randn(len(tokenizer), 16, generator=source),
     }
-    return generation.Run(model, {"train": questions}, section, place(tmp_path, "run")), taught
+    return generation.Run(model, {"train": questions}, section, cells.place(tmp_path, "run")), taught
 
 
 EVERY = ["kl", *generation_cells.FORMS]
@@ -259,6 +235,6 @@ def test_the_papers_architectures_run_from_folders_on_a_data_set_like_superglue(
     small |= {"split_sizes": (16, 8, 8), "teacher_epochs": 1, "epochs": 1, "multiples": (1.0,), "selection_texts": 8}
     if name == "table_decoder":
         small["teacher_trained_layers"] = 1
-    found = run_all(module, dataclasses.replace(committed, **small), tmp_path / "runs")
+    found = cells.run_all(module, dataclasses.replace(committed, **small), tmp_path / "runs")
     assert len(found) == 2 * len(committed.arms)
     assert all("test/accuracy" in run["metrics"] for run in found if run["cell"]["phase"] == "final")
