@@ -14,8 +14,8 @@ BELOW = {
     "training": {"training", "losses"},
     "models": {"models", "assets", "carriers", "paths", "seeding"},
     "language_models": {"language_models", "models", "assets", "carriers", "paths", "seeding"},
-    "answers": {"answers", "tasks", "assets", "carriers", "paths", "seeding"},
-    "evaluation": {"evaluation", "tasks", "assets", "carriers", "paths", "seeding"},
+    "answers": {"answers", "models", "tasks", "assets", "carriers", "paths", "seeding"},
+    "evaluation": {"evaluation", "models", "tasks", "assets", "carriers", "paths", "seeding"},
 }
 EXHIBITS = ("records", "intervals", "rules", "claims", "figures", "readme")
 

@@ -95,13 +95,31 @@ def test_frozen_embeddings_are_left_out_of_what_is_trained(encoder):
 
 def test_bfloat16_is_chosen_only_where_it_is_faster(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert models.precision("auto", width=384, where=cpu) is torch.bfloat16
-    assert models.precision("auto", width=128, where=cpu) is torch.float32
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    for hardware in checks:
+        for check in checks:
+            monkeypatch.setattr(torch.cpu, check, lambda found=check == hardware: found)
+        assert models.precision("auto", width=384, where=cpu) is torch.bfloat16, hardware
+        assert models.precision("auto", width=128, where=cpu) is torch.float32, hardware
+    monkeypatch.setattr(torch.cpu, hardware, lambda: False)
     assert models.precision("auto", width=384, where=cpu) is torch.float32
     assert models.precision("auto", width=1, where=torch.device("cuda")) is torch.bfloat16
     assert models.precision("bfloat16", width=1, where=cpu) is torch.bfloat16
+
+
+def test_low_precision_rounds_the_products_and_leaves_float32_and_the_parameters_alone(encoder):
+    """A product has 8 bits: against float32, off by more than 2 ** -20 and less than 2 ** -5 of the largest logit."""
+    ids, cpu = torch.arange(5, 17).reshape(3, 4), torch.device("cpu")
+    whole = encoder(ids).logits
+    with models.autocast(cpu, torch.float32):
+        assert torch.equal(encoder(ids).logits, whole)
+    with models.autocast(cpu, torch.bfloat16):
+        low = encoder(ids).logits
+    assert low.dtype is torch.bfloat16
+    low.float().sum().backward()
+    assert {p.grad.dtype for p in models.trainable(encoder).values() if p.grad is not None} == {torch.float32}
+    assert 2**-20 < ((low.float() - whole).abs().max() / whole.abs().max()).item() < 2**-5
+    assert torch.backends.cuda.flash_sdp_enabled(), "the choice of attention outlives the block"
 
 
 def test_a_device_can_be_named_or_found():

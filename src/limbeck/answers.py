@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
+from limbeck import models
 from limbeck.tasks.prompted import Prompted
 
 _BATCH = 32
@@ -88,7 +89,7 @@ def predictions(model: PreTrainedModel, questions: Sequence[Question], dtype: to
     """
     found = torch.empty(len(questions), dtype=torch.long)
     for rows in _batches(questions):
-        with autocast(model, dtype):
+        with models.autocast(model.device, dtype):
             scores = _scores(model, [questions[row] for row in rows])
         found[rows] = torch.tensor([score.index(max(score)) for score in scores])
     return found
@@ -102,7 +103,7 @@ def all_states(
     longest = max(len(question.right) for question in questions)
     found = torch.zeros(len(questions), longest, head(model).in_features)
     for rows in _batches(questions):
-        with autocast(model, dtype):
+        with models.autocast(model.device, dtype):
             states = answer_states(model, [questions[row] for row in rows])
         found[rows, : states.shape[1]] = states.float().cpu()
     return found
@@ -135,11 +136,6 @@ def _scores(model: PreTrainedModel, questions: Sequence[Question]) -> list[list[
 def head(model: PreTrainedModel) -> nn.Module:
     """The map from states to logits over the vocabulary."""
     return model.get_output_embeddings()
-
-
-def autocast(model: PreTrainedModel, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in `dtype` where it is not float32."""
-    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def _states(

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from limbeck import models
 from limbeck.tasks.classification import Encoded
 
 _BATCH = 128
@@ -24,7 +25,7 @@ def forward(
 ) -> Outputs:
     """The outputs of some rows; matrix products in `dtype` (autocast where it is not float32)."""
     ids, mask = (x.to(model.device) for x in data.rows(rows))
-    with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+    with models.autocast(model.device, dtype):
         found = model(input_ids=ids, attention_mask=mask, output_hidden_states=states)
     firsts = torch.stack([layer[:, 0].float() for layer in found.hidden_states[1:]]) if states else None
     return Outputs(found.logits.float(), firsts)
