@@ -68,6 +68,7 @@ def test_layout_does_not_change_a_bit(way):
 
 def test_kernels_give_the_same_bits_again_and_on_any_number_of_threads(monkeypatch):
     monkeypatch.setattr(manhattan, "WORTH", 0)
+    monkeypatch.setattr(manhattan, "SHARE", 1)
     inputs = points(7, 5, 1100)
     threads = torch.get_num_threads()
     try:

@@ -21,21 +21,29 @@ from torch.nn.functional import pad
 WIDTH, BLOCK = 2048, 2**20  # torch: classes at a time, and elements in all of the temporary, 4 MB in float32
 CHUNK = 512  # kernels: classes at a time, so that some hundred rows fit the second cache
 WORTH = 2**23  # students x teachers x classes from which on the kernels pay for their threads
+SHARE = 2**26  # of these for each thread; for less, its wait for torch's own, which spin for a while, costs more
 ZERO = np.float32(0)
 
 
 @no_type_check
 def _distances(cost, student, teacher):
-    """cost_ij += sum_k |student_ik - teacher_jk|, a chunk of classes at a time."""
+    """cost_ij += sum_k |student_ik - teacher_jk|, a chunk of classes at a time, for j in fours: each saves a load."""
     for start in range(0, student.shape[1], CHUNK):
-        for j in range(len(teacher)):
-            t = teacher[j, start : start + CHUNK]
+        for j in range(0, len(teacher), 4):
+            b, c = teacher[j, start : start + CHUNK], teacher[j + 1, start : start + CHUNK]
+            d, e = teacher[j + 2, start : start + CHUNK], teacher[j + 3, start : start + CHUNK]
             for i in range(len(student)):
-                s = student[i, start : start + CHUNK]
-                total = ZERO
-                for k in range(len(s)):
-                    total += abs(s[k] - t[k])
-                cost[i, j] += total
+                a = student[i, start : start + CHUNK]
+                g = h = u = v = ZERO
+                for k in range(len(a)):
+                    g += abs(a[k] - b[k])
+                    h += abs(a[k] - c[k])
+                    u += abs(a[k] - d[k])
+                    v += abs(a[k] - e[k])
+                cost[i, j] += g
+                cost[i, j + 1] += h
+                cost[i, j + 2] += u
+                cost[i, j + 3] += v
 
 
 @no_type_check
@@ -74,10 +82,16 @@ def _pays(student: Tensor, teacher: Tensor) -> bool:
     return large and student.dtype == torch.float32 and student.device.type == "cpu" and _kernels() is not None
 
 
+def _fours(rows: Tensor) -> Tensor:
+    """The rows, with some of 0 after them where their number is not a multiple of four."""
+    spare = -len(rows) % 4
+    return pad(rows, (0, 0, 0, spare)) if spare else rows
+
+
 def _by_rows(kernel: Callable, rows: tuple[Tensor, ...], whole: Tensor) -> None:
-    """The kernel on as many parts of the rows as torch uses threads, side by side: it lets go of the interpreter."""
-    threads = torch.get_num_threads()
+    """The kernel on parts of the rows side by side, on torch's number of threads at most: it frees the interpreter."""
     arrays, shared = [tensor.detach().numpy() for tensor in rows], whole.detach().numpy()
+    threads = min(torch.get_num_threads(), max(1, len(rows[0]) * whole.numel() // SHARE))
     first, *others = zip(*(np.array_split(array, threads) for array in arrays), strict=True)
     with ThreadPoolExecutor(threads) as pool:
         running = [pool.submit(kernel, *part, shared) for part in others]
@@ -104,9 +118,9 @@ def _pull(grad: Tensor, x: Tensor, y: Tensor, cost: Tensor) -> Tensor:
     if not _pays(x, y):
         return torch.ops.aten._cdist_backward(grad.contiguous(), x, y, 1.0, cost.contiguous())
     pull = torch.empty_like(x)
-    if spare := -len(y) % 4:  # rows of no weight make up the fours
-        grad, y = pad(grad, (0, spare)), pad(y, (0, 0, 0, spare))
-    _by_rows(_kernels()[1], (pull, grad.contiguous(), x), y)
+    y = _fours(y)
+    grad = pad(grad, (0, len(y) - grad.shape[1])).contiguous()  # rows that make up the fours have no weight
+    _by_rows(_kernels()[1], (pull, grad, x), y)
     return pull
 
 
@@ -118,8 +132,10 @@ class Manhattan(torch.autograd.Function):
         """The distances."""
         student, teacher = student.contiguous(), teacher.contiguous()
         if _pays(student, teacher):
-            cost = student.new_zeros(len(student), len(teacher))
-            _by_rows(_kernels()[0], (cost, student), teacher)
+            fours = _fours(teacher)
+            cost = student.new_zeros(len(student), len(fours))
+            _by_rows(_kernels()[0], (cost, student), fours)
+            cost = cost[:, : len(teacher)].contiguous()
         else:
             cost = _summed(student, teacher)
         ctx.save_for_backward(student, teacher, cost)
