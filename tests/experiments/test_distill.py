@@ -8,6 +8,7 @@ import torch
 import cells
 from limbeck import models
 from limbeck.experiments.sinkd import distill, encoder, fig_permutation, terms
+from limbeck.experiments.sinkd.section import SPLITS
 
 TEACHER_LAYERS, WIDTH = 3, 16
 ROWS = torch.tensor([9, 2, 17, 5, 30, 11, 4])
@@ -30,7 +31,8 @@ def outputs(run):
     """What a teacher might have left."""
     source = torch.Generator().manual_seed(0)
     rows = len(run.data["train"])
-    found = {split: torch.randn(len(run.data[split]), 3, generator=source) for split in encoder.SPLITS}
+    found = {split: torch.randn(len(run.data[split]), 3, generator=source) for split in SPLITS}
+    found["assistant"] = torch.randn(rows, 3, generator=source)
     return found | {"states": torch.randn(TEACHER_LAYERS, rows, WIDTH, generator=source)}
 
 
@@ -135,16 +137,18 @@ def test_the_matched_weight_is_the_ratio_of_the_mean_norms_over_the_first_batche
 
 
 @pytest.mark.parametrize("name", terms.NAMES)
-def test_rkd_and_pkd_read_the_teachers_states_and_every_other_term_its_logits(run, outputs, name):
+def test_a_term_reads_the_teachers_states_its_logits_or_takd_the_assistants(run, outputs, name):
     def value(changed):
         return distill.taught(run, name, [1.0], outputs | changed)(ROWS)[f"loss/{name}"].item()
 
-    before = value({})
-    assert (value({"train": outputs["train"].flip(0)}) == before) == (name in ("rkd", "pkd"))
+    before, unread = value({}), ("rkd", "pkd", "takd")
+    assert (value({"train": outputs["train"].flip(0)}) == before) == (name in unread)
+    assert (value({"assistant": outputs["train"].flip(0)}) == before) == (name != "takd")
     assert (value({"states": outputs["states"].flip(1)}) != before) == (name in ("rkd", "pkd"))
     elsewhere = {key: tensor.clone() for key, tensor in outputs.items()}
     others = [row for row in range(48) if row not in ROWS]
     elsewhere["train"][others], elsewhere["states"][:, others] = torch.nan, torch.nan
+    elsewhere["assistant"][others] = torch.nan
     assert value(elsewhere) == before, "a term reads rows of another batch"
 
 
@@ -155,7 +159,7 @@ def test_a_teacher_leaves_its_logits_of_every_split_and_its_states_of_the_traini
     (file,) = teacher.leaves
     found = distill.load_outputs(place, file)
     data, _ = encoder.splits(section, section.task)
-    for split in encoder.SPLITS:
+    for split in SPLITS:
         right = found[split].argmax(-1) == data[split].labels
         assert result.metrics[f"{split}/score"] == right.double().mean()
     assert found["states"].shape == (TEACHER_LAYERS, 48, WIDTH)

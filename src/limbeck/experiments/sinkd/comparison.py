@@ -18,10 +18,10 @@ from torch import Tensor
 from limbeck import assets
 from limbeck.experiments.cells import Cell, Place
 from limbeck.experiments.sinkd import distill, encoder, terms
+from limbeck.experiments.sinkd.terms import ASSISTED
 from limbeck.training import resume
 
 _NOT_INPUTS = ("tasks", "students", "arms", "multiples")
-ASSISTED, ASSISTANT_TURN, LAST_TURN = "takd", 2, 4
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,15 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
 
 
 def _of_task(params: Params, task: str, inputs: dict[str, Any], seeds: Sequence[int]) -> list[Cell]:
-    chosen_from = inputs | {"multiples": params.multiples, "chosen over": params.tasks}
+    sums = assets.checksums(params.model, *params.tasks)
+    chosen_from = inputs | {"multiples": params.multiples, "chosen over": params.tasks, "assets": sums}
+    after = 1 + max((len(terms.added(arm)) for arm in steps_of(params.arms)), default=0)  # a turn for the assistant
     teacher = {"phase": "teacher", "task": task, "student": "teacher", "arm": "teacher", "seed": params.teacher_seed}
     found = [Cell(teacher, inputs, (distill.outputs_file(task),))]
     for student in params.students:
         place = {"task": task, "student": student}
         for arm in steps_of(params.arms):
-            turn = 3 if ASSISTED in arm else len(terms.added(arm))
+            turn = len(terms.added(arm)) + (after if ASSISTED in arm else 0)
             known = inputs if turn == 1 else chosen_from
             found += [
                 Cell(
@@ -84,13 +86,13 @@ def _of_task(params: Params, task: str, inputs: dict[str, Any], seeds: Sequence[
                 for m in params.multiples
             ]
         found += [
-            Cell({"phase": "final", **place, "arm": arm, "seed": seed}, chosen_from, turn=LAST_TURN)
+            Cell({"phase": "final", **place, "arm": arm, "seed": seed}, chosen_from, turn=2 * after)
             for seed in seeds
             for arm in params.arms
         ]
     if any(ASSISTED in arm for arm in params.arms):
         assistant = teacher | {"phase": "assistant", "student": params.assistant, "arm": "ce+kl"}
-        found.append(Cell(assistant, chosen_from, (_assistant_file(task),), turn=ASSISTANT_TURN))
+        found.append(Cell(assistant, chosen_from | {"chosen by": params.students[0]}, (_assistant_file(task),), after))
     return found
 
 
@@ -111,7 +113,7 @@ def run(cell: Cell, params: Params, place: Place) -> distill.Steps:
     metrics = student.scores("validation" if at["phase"] == "selection" else "test", outputs)
     metrics["loss/weight"] = weights[-1] if weights else 0.0
     if at["phase"] == "assistant":
-        left = {"train": student.logits("train")}
+        left = {"assistant": student.logits("train")}
         resume.write_tensors(place.checkpoints / _assistant_file(task), left)
     return student.result(metrics | _optimism(curve), curve)
 

@@ -16,7 +16,8 @@ from limbeck import evaluation, models
 from limbeck.evaluation import Outputs
 from limbeck.experiments.cells import Place, Result
 from limbeck.experiments.sinkd import encoder, terms
-from limbeck.experiments.sinkd.encoder import SPLITS, Section, Splits
+from limbeck.experiments.sinkd.encoder import Section, Splits
+from limbeck.experiments.sinkd.section import SPLITS
 from limbeck.tasks import classification
 from limbeck.training import resume, supervised
 
@@ -128,8 +129,9 @@ def taught(
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """The loss of an arm: CE, unless the arm leaves it out, and every added term at its weight.
 
-    `outputs` are the teacher's: logits a split, and `states` of the training split. With `moved`, each row is shown the
-    outputs of the row so many places before it in the batch.
+    `outputs` are the teacher's: logits a split, and `states` of the training split; for `takd`, `assistant` holds the
+    logits of the training split that it reads. With `moved`, each row is shown the outputs of the row so many places
+    before it in the batch.
     """
     names = terms.added(arm)
     forms = [terms.term(name, run.section) for name in names]
@@ -137,19 +139,20 @@ def taught(
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
         found, labels = run.outputs(rows, states=states), run.labels(rows)
-        shown = _shown(run, outputs, rows.roll(moved), states=states)
         total = {"loss/ce": terms.cross_entropy(found.logits, labels)} if "ce" in arm.split("+") else {}
         for name, form, weight in zip(names, forms, weights, strict=True):
+            shown = _shown(run, outputs, name, rows.roll(moved))
             total[f"loss/{name}"] = total.get(f"loss/{name}", 0) + weight * form(found, shown, labels)
         return total
 
     return loss
 
 
-def _shown(run: Run, outputs: dict[str, Tensor], rows: Tensor, *, states: bool) -> Outputs:
-    """The teacher's outputs of some training rows, where the student is."""
-    where = run.model.device
-    return Outputs(outputs["train"][rows].to(where), outputs["states"][:, rows].to(where) if states else None)
+def _shown(run: Run, outputs: dict[str, Tensor], name: str, rows: Tensor) -> Outputs:
+    """What a term reads of the teacher, or of the assistant, at some training rows, where the student is."""
+    where, logits = run.model.device, outputs["assistant" if name == terms.ASSISTED else "train"]
+    states = outputs["states"][:, rows].to(where) if name in terms.OF_STATES else None
+    return Outputs(logits[rows].to(where), states)
 
 
 def matched(run: Run, name: str, outputs: dict[str, Tensor]) -> float:
@@ -158,7 +161,7 @@ def matched(run: Run, name: str, outputs: dict[str, Tensor]) -> float:
 
     def pair(rows: Tensor) -> tuple[Tensor, Tensor]:
         found, labels = run.outputs(rows, states=states), run.labels(rows)
-        shown = _shown(run, outputs, rows, states=states)
+        shown = _shown(run, outputs, name, rows)
         return terms.cross_entropy(found.logits, labels), form(found, shown, labels)
 
     return terms.matched_weight(run.parameters, pair, run.batches[: run.section.matching_batches])

@@ -5,39 +5,25 @@ same pretrained encoder (`first-2`), or as many layers drawn at random over its 
 """
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from limbeck import models
+from limbeck.experiments.sinkd import section as common
+from limbeck.experiments.sinkd.section import SPLITS
 from limbeck.params import positive
 from limbeck.tasks import classification
 
-SPLITS = ("train", "validation", "test")
 Splits = dict[str, classification.Encoded]
 
 
 @dataclass(frozen=True)
-class Section:
+class Section(common.Section):
     """What every encoder experiment has in params/sinkd.yaml; sources stand there."""
 
     model: str
-    longest: int
-    split_sizes: tuple[int, ...]
-    split_seed: int
-    teacher_seed: int
-    teacher_epochs: int
-    teacher_learning_rate: float
-    epochs: int
-    learning_rate: float
-    batch_size: int
-    clip_norm: float
-    save_every: int
-    matching_batches: int
-    kl_temperature: float
     temperature: float
-    epsilon: float
-    iterations: int
     p: int
     group: int
     dkd_target: float
@@ -46,11 +32,8 @@ class Section:
 
     def __post_init__(self) -> None:
         """Check what no type can."""
-        if len(self.split_sizes) != len(SPLITS):
-            raise ValueError(f"split_sizes must hold one number each for {', '.join(SPLITS)}, got {self.split_sizes}")
-        positive(**{name: value for name, value in asdict(self).items() if type(value) is float})
-        positive(batch_size=self.batch_size, epochs=self.epochs, iterations=self.iterations, group=self.group)
-        positive(save_every=self.save_every, longest=self.longest)
+        super().__post_init__()
+        positive(group=self.group)
 
 
 def layers_of(student: str) -> tuple[str, int]:

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from limbeck import answers, language_models, models
 from limbeck.answers import Question
 from limbeck.experiments.cells import Place, Result
-from limbeck.experiments.sinkd.generation_cells import FORMS, SPLITS, TEACHER, Section, weights
+from limbeck.experiments.sinkd import terms
+from limbeck.experiments.sinkd.generation_cells import FORMS, TEACHER, Section, weights
+from limbeck.experiments.sinkd.section import SPLITS
 from limbeck.losses import divergence, sinkd
 from limbeck.tasks import classification, prompted
 from limbeck.training import resume, supervised
@@ -60,7 +62,7 @@ class Run:
     def answers(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The model's logits for the right answers of some training rows, the tokens themselves, and their mask."""
         questions = [self.data["train"][row] for row in rows.tolist()]
-        with answers.autocast(self.model, self.dtype):
+        with models.autocast(self.model.device, self.dtype):
             logits = answers.head(self.model)(answers.answer_states(self.model, questions)).float()
         return logits, *answers.right_tokens(questions, self.model.device)
 
@@ -131,7 +133,7 @@ def _terms(run: Run, taught: Mapping[str, Tensor], rows: Tensor, names: Sequence
     values = {"ce": F.cross_entropy(student[mask], tokens[mask])}
     if not names:
         return values
-    with torch.no_grad(), answers.autocast(run.model, run.dtype):
+    with torch.no_grad(), models.autocast(run.model.device, run.dtype):
         states = taught["states"][rows, : mask.shape[1]]
         teacher = F.linear(states, taught["head.weight"], taught.get("head.bias")).float()
     for name in names:
@@ -145,17 +147,13 @@ def _terms(run: Run, taught: Mapping[str, Tensor], rows: Tensor, names: Sequence
 
 
 def _matched(run: Run, taught: Mapping[str, Tensor], term: str, batches: Sequence[Tensor]) -> float:
-    """The weight at which a term's gradient is as long as CE's, on average over some batches.
+    """The weight at which a term's gradient is as long as CE's, on average over some batches."""
 
-    Raises ValueError if the term has no gradient at all.
-    """
-    norms = {"ce": 0.0, term: 0.0}
-    for rows in batches:
-        for name, value in _terms(run, taught, rows, [term]).items():
-            norms[name] += supervised.gradient_norm(run.parameters, value)
-    if not norms[term]:
-        raise ValueError(f"expected a gradient of {term}, got 0 on every batch")
-    return norms["ce"] / norms[term]
+    def pair(rows: Tensor) -> tuple[Tensor, Tensor]:
+        values = _terms(run, taught, rows, [term])
+        return values["ce"], values[term]
+
+    return terms.matched_weight(run.parameters, pair, batches)
 
 
 def _share(found: Tensor, expected: Tensor) -> float:

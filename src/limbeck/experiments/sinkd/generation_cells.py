@@ -11,9 +11,9 @@ from typing import Any
 
 from limbeck import assets
 from limbeck.experiments.cells import Cell
-from limbeck.params import one_of, positive
+from limbeck.experiments.sinkd import section as common
+from limbeck.params import one_of
 
-SPLITS = ("train", "validation", "test")
 TEACHER = "teacher.safetensors"
 FORMS = {f"sinkhorn_{form}": form for form in ("answer", "position", "tokens")}
 TERMS = ("ce", "kl", *FORMS)
@@ -21,35 +21,21 @@ _TURNS = 3  # terms in the longest arm: one turn of selection each, but for CE
 
 
 @dataclass(frozen=True)
-class Section:
+class Section(common.Section):
     """What both experiments have in params/sinkd.yaml; sources stand there."""
 
     teacher: str
     student: str
     data: str
-    longest: int
-    split_sizes: tuple[int, ...]
-    split_seed: int
-    teacher_seed: int
-    teacher_epochs: int
-    teacher_learning_rate: float
-    epochs: int
-    learning_rate: float
-    batch_size: int
-    clip_norm: float
-    save_every: int
     arms: tuple[str, ...]
     multiples: tuple[float, ...]
     selection_texts: int
     selection_seed: int
-    matching_batches: int
-    kl_temperature: float
     sinkhorn_temperature: float
-    epsilon: float
-    iterations: int
 
     def __post_init__(self) -> None:
         """Check what no type can."""
+        super().__post_init__()
         for arm in self.arms:
             terms = arm.split("+")
             for term in terms:
@@ -58,10 +44,6 @@ class Section:
                 raise ValueError(f"an arm is ce and up to {_TURNS - 1} other terms, joined by +, got {arm!r}")
             if before := arm.rpartition("+")[0]:
                 one_of(f"arm {arm} without its last term", before, self.arms)
-        if len(self.split_sizes) != len(SPLITS):
-            raise ValueError(f"split_sizes must hold one number each for {', '.join(SPLITS)}, got {self.split_sizes}")
-        positive(**{name: value for name, value in asdict(self).items() if type(value) is float})
-        positive(batch_size=self.batch_size, epochs=self.epochs, save_every=self.save_every, longest=self.longest)
 
 
 def cells(section: Section, seeds: Sequence[int]) -> list[Cell]:

@@ -8,7 +8,7 @@ that of the optimiser.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from limbeck import assets
@@ -52,7 +52,8 @@ class Params(encoder.Section):
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     """The teacher, then every setting by seed; arms without transport are run at the centre alone."""
-    inputs = {name: value for name, value in asdict(params).items() if name not in _NOT_INPUTS}
+    names = {field.name for field in dataclasses.fields(Params)} - set(_NOT_INPUTS)
+    inputs = {name: getattr(params, name) for name in sorted(names)}
     inputs |= {"assets": assets.checksums(params.model, params.task)}
     teacher = {"axis": "teacher", "value": 0, "arm": "teacher", "seed": params.teacher_seed}
     found = [Cell(teacher, inputs, (distill.outputs_file(params.task),))]

@@ -16,9 +16,10 @@ from limbeck.evaluation import Outputs
 from limbeck.losses import baselines, divergence, transport
 from limbeck.training import supervised
 
+ASSISTED = "takd"  # reads the logits of an assistant instead of the teacher's
 DIVERGENCES = {  # with the temperature that each has in the parameters
     "kl": (divergence.forward_kl, "kl_temperature"),
-    "takd": (divergence.forward_kl, "kl_temperature"),
+    ASSISTED: (divergence.forward_kl, "kl_temperature"),
     "rkl": (divergence.reverse_kl, "temperature"),
     "js": (divergence.jensen_shannon, "temperature"),
     "tvd": (divergence.total_variation, "temperature"),
@@ -36,11 +37,6 @@ def added(arm: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in NAMES]:
         raise ValueError(f"arm must be ce or one of {', '.join(NAMES)}, joined by +; got {unknown[0]!r} in {arm!r}")
     return names
-
-
-def prefix(arm: str) -> str:
-    """The arm without its last term."""
-    return arm.rpartition("+")[0]
 
 
 def term(name: str, section: Any) -> Term:
