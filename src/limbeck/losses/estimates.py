@@ -1,0 +1,101 @@
+"""Reverse KL from less than two whole distributions: from one sampled token, or from K tokens of the vocabulary.
+
+`divergence.reverse_kl` is the exact value. Which divergence an estimator minimises depends on where it stands: as a
+loss on the student's own samples, k2 has the gradient of reverse KL, k3 that of forward KL, k1 none (KDRL, section on
+KL approximations).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from limbeck.losses import divergence
+from limbeck.losses.masking import masked_mean, require_finite
+from limbeck.losses.options import require_choice
+
+KINDS = ("k1", "k2", "k3")
+SUPPORTS = ("student", "teacher")
+FORMS = ("raw", "renormalised", "tail")
+
+
+def kl_estimate(
+    kind: str, student_logprobs: Float[Tensor, "*tokens"], teacher_logprobs: Float[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
+    """An estimate of KL(student || teacher) from each token that the student sampled.
+
+    With R = log p(o) - log q(o), p teacher, q student: k1 = -R, k2 = R^2 / 2, k3 = exp(R) - 1 - R (Schulman).
+
+    k1 and k3 have the right mean, k2 has the right gradient. k1 may be negative; k3 grows as exp(R) where the teacher
+    likes the token much better.
+    Units: nats a token. Gradient: to the student; the teacher is detached.
+    Raises ValueError for an unknown kind.
+    """
+    require_choice("kind", kind, KINDS)
+    ratio = teacher_logprobs.detach() - student_logprobs
+    if kind == "k1":
+        return -ratio
+    return ratio.square() / 2 if kind == "k2" else ratio.expm1() - ratio
+
+
+def top_k_reverse_kl_per_token(
+    student_logits: Float[Tensor, "*rows vocab"],
+    teacher_logits: Float[Tensor, "*rows vocab"],
+    *,
+    k: int,
+    support: str = "student",
+    form: str = "raw",
+) -> Float[Tensor, "*rows"]:
+    """`top_k_reverse_kl` of each row, unreduced."""
+    if student_logits.shape != teacher_logits.shape:
+        received = f"student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}"
+        raise ValueError(f"received logits of shapes {received}, expected equal shapes")
+    require_choice("support", support, SUPPORTS)
+    require_choice("form", form, FORMS)
+    vocabulary = student_logits.shape[-1]
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"received k {k}, expected 1 to the vocabulary's {vocabulary}")
+    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype).detach()
+    chosen = (student if support == "student" else teacher).topk(k, -1).indices
+    inside = divergence.reverse_kl_per_token(student.gather(-1, chosen), teacher.gather(-1, chosen))
+    if form == "renormalised" or k == vocabulary:
+        return inside
+    held = _part(student, teacher, lambda x: x.gather(-1, chosen))
+    total = held[0].exp() * (inside + held[0] - held[1])
+    if form == "tail":
+        rest = _part(student, teacher, lambda x: x.scatter(-1, chosen, -torch.inf))
+        total = total + rest[0].exp() * (rest[0] - rest[1])
+    return total
+
+
+def _part(student: Tensor, teacher: Tensor, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The logarithm of the probability that each gives to a part of the vocabulary."""
+    return tuple(part(x).logsumexp(-1) - x.logsumexp(-1) for x in (student, teacher))
+
+
+def top_k_reverse_kl(
+    student_logits: Float[Tensor, "*rows vocab"],
+    teacher_logits: Float[Tensor, "*rows vocab"],
+    *,
+    k: int,
+    support: str = "student",
+    form: str = "raw",
+    mask: Bool[Tensor, "*rows"] | None = None,
+) -> Float[Tensor, ""]:
+    """KL(student || teacher) cut to the k most probable tokens S of the student or the teacher, mean over kept rows.
+
+    "raw": sum_S q_v (log q_v - log p_v). "renormalised": the same with q and p renormalised on S. "tail": raw, and one
+    more term for all tokens outside S together.
+
+    The paper's K, support and form were not recovered. Raw is no divergence: it can be negative, and has a gradient
+    where student and teacher agree, which drains S. Renormalised is blind outside S, and 0 for k = 1. With the tail it
+    is a divergence, a lower bound of the exact one.
+    Units: nats a row. Gradient: to the student; the choice of S and the teacher are detached.
+    Raises ValueError for unequal shapes, wrong options, an empty mask, or a loss that is not finite.
+    """
+    if mask is not None:
+        student_logits, teacher_logits = student_logits[mask], teacher_logits[mask]
+    values = top_k_reverse_kl_per_token(student_logits, teacher_logits, k=k, support=support, form=form)
+    return require_finite(masked_mean(values, None))

@@ -1,0 +1,151 @@
+"""KDRL: reinforcement from a verifier and reverse KL to a teacher in one loss, on the student's own completions.
+
+The joint loss, its schedule and its masks, and reward shaping, which the paper rejects. With R = log p - log q of the
+sampled token, p teacher, q student, the joint loss with k2 moves each token by A_i + kd_coef R: on-policy the same, to
+the bit of the algebra, as adding R to the advantage after the group's normalisation.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from limbeck.losses import estimates, policy
+from limbeck.losses.options import require_choice
+
+LEVELS = ("none", "response", "group")
+DENOMINATORS = ("all", "kept")
+PLACEMENTS = ("pre", "mean", "post")
+
+
+def kd_mask(correct: Bool[Tensor, "prompt group"], level: str) -> Bool[Tensor, "prompt group"]:
+    """Which completions learn from the teacher: all, the wrong ones, or those of prompts that no completion solves.
+
+    "none" masks nothing. At "group" level the two signals act on disjoint prompts: where the teacher acts, all
+    advantages are 0. It is the verifier's word that counts, not a shaped reward.
+    Raises ValueError for an unknown level.
+    """
+    require_choice("level", level, LEVELS)
+    if level == "none":
+        return torch.ones_like(correct)
+    return ~correct if level == "response" else ~correct.any(1, keepdim=True).expand_as(correct)
+
+
+def kd_schedule(step: int, *, initial: float, decay: float, floor: float) -> float:
+    """The weight of the teacher at a step, counted from 0: max(initial - decay * step, floor).
+
+    The paper: initial 5e-3, decay 5e-5, floor 1e-3, reached at step 80 of 280. A constant has decay 0.
+    Raises ValueError unless step >= 0, decay >= 0 and initial >= floor >= 0.
+    """
+    if step < 0 or not decay >= 0 or not initial >= floor >= 0:
+        received = f"step={step}, initial={initial}, decay={decay}, floor={floor}"
+        raise ValueError(f"received {received}, expected step >= 0, decay >= 0 and initial >= floor >= 0")
+    return max(initial - decay * step, floor)
+
+
+def kd_per_token(
+    kind: str,
+    logprobs: Float[Tensor, "batch time"],
+    old_logprobs: Float[Tensor, "batch time"],
+    teacher_logprobs: Float[Tensor, "batch time"],
+    *,
+    mask: Bool[Tensor, "batch time"],
+    diagnostic: bool = False,
+) -> Float[Tensor, "batch time"]:
+    """The teacher's term of each token, unreduced; 0 outside the mask.
+
+    sg[rho] kl_estimate(kind), rho = pi / pi_old: 1 on-policy; off-policy it keeps k2's gradient that of reverse KL.
+
+    k2 minimises reverse KL, k3 forward KL, at every visited prefix; neither sees that a token changes later prefixes.
+    Units: nats a token. Gradient: to logprobs; the ratio and the others are detached.
+    Raises ValueError for k1, whose gradient is noise of mean 0, unless `diagnostic`.
+    """
+    if kind == "k1" and not diagnostic:
+        raise ValueError("received kind 'k1', whose expected gradient as a loss is 0; expected k2 or k3")
+    student, old, teacher = (policy.masked(x, mask) for x in (logprobs, old_logprobs, teacher_logprobs))
+    return (student - old).exp().detach() * estimates.kl_estimate(kind, student, teacher)
+
+
+def kd_weights(
+    mask: Bool[Tensor, "batch time"],
+    keep: Bool[Tensor, " batch"] | None = None,
+    *,
+    denominator: str = "all",
+    normalise: str = "token",
+    longest: int | None = None,
+) -> Float[Tensor, "batch time"]:
+    """`policy.token_weights` of the teacher's term when only the completions in `keep` learn from it.
+
+    denominator="all" divides as without a mask, so a mask only takes terms away and the weight keeps its meaning;
+    "kept" divides by what is kept, so the fewer are kept, the more each counts. The paper does not say.
+    All 0 where nothing is kept. Raises ValueError for an unknown denominator, and as `token_weights`.
+    """
+    require_choice("denominator", denominator, DENOMINATORS)
+    kept = mask if keep is None else mask & keep[:, None]
+    if denominator == "kept" and keep is not None and kept.any():
+        weights = policy.token_weights(kept[keep], normalise=normalise, longest=longest)
+        return torch.zeros(mask.shape, dtype=weights.dtype, device=mask.device).index_put((keep,), weights)
+    return policy.token_weights(mask, normalise=normalise, longest=longest) * kept
+
+
+def kdrl_loss(
+    logprobs: Float[Tensor, "batch time"],
+    old_logprobs: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, " batch"],
+    kd: Float[Tensor, "batch time"],
+    *,
+    mask: Bool[Tensor, "batch time"],
+    kd_coef: float,
+    keep: Bool[Tensor, " batch"] | None = None,
+    denominator: str = "all",
+    clip_eps: float | None = None,
+    normalise: str = "token",
+    longest: int | None = None,
+) -> Float[Tensor, ""]:
+    """The joint loss: GRPO's, and kd_coef times the teacher's term.
+
+    -(1 / N) sum_it rho_it A_i + kd_coef (1 / N) sum_it M_i kd_it (KDRL, equation 8, and its masks).
+
+    `kd` is any per-token divergence: `kd_per_token` (k2 in the paper), `divergence.reverse_kl_per_token`, a top-K one.
+    kd_coef = 0 is GRPO to the bit; advantages of 0 leave on-policy distillation. Groups of equal rewards, whose
+    advantages are 0, still learn from the teacher.
+    Units: kd_coef is advantage per nat. Gradient: to logprobs and through kd.
+    Raises ValueError for kd_coef < 0, wrong options, or a loss that is not finite.
+    """
+    if not kd_coef >= 0:
+        raise ValueError(f"received kd_coef {kd_coef}, expected kd_coef >= 0")
+    options = {"normalise": normalise, "longest": longest}
+    loss = policy.grpo_loss(logprobs, old_logprobs, advantages, mask=mask, clip_eps=clip_eps, **options)
+    if kd_coef == 0:
+        return loss
+    weights = kd_weights(mask, keep, denominator=denominator, **options)
+    return loss + kd_coef * policy.weighted_sum(policy.masked(kd, mask), weights)
+
+
+def shaped_advantages(
+    rewards: Float[Tensor, "prompt group"],
+    log_ratios: Float[Tensor, "prompt group time"],
+    *,
+    mask: Bool[Tensor, "prompt group time"],
+    kd_coef: float,
+    placement: str,
+    scale: str = "std",
+) -> Float[Tensor, "prompt group time"]:
+    """The teacher in the reward instead of the loss: an advantage a token, for `policy.grpo_loss`.
+
+    With R the log-ratio: "pre" normalises r_i + kd_coef sum_t R_it over the group, "mean" r_i + kd_coef mean_t R_it,
+    "post" is the advantage of r_i plus kd_coef R_it.
+
+    The paper's formula was not recovered. "post" is the joint loss with k2 in other words. "pre" is what can collapse:
+    a sum grows with the length, one number a completion loses the token, and in a group of equal rewards the whole
+    advantage is the teacher's.
+    Units: as `policy.group_advantages`. Gradient: none.
+    Raises ValueError for an unknown placement, and as `policy.group_advantages`.
+    """
+    require_choice("placement", placement, PLACEMENTS)
+    log_ratios = log_ratios.detach().masked_fill(~mask, 0)
+    if placement == "post":
+        return policy.group_advantages(rewards, scale=scale)[..., None] * mask + kd_coef * log_ratios
+    said = log_ratios.sum(-1)
+    if placement == "mean":
+        said = said / mask.sum(-1).clamp_min(1)
+    return policy.group_advantages(rewards + kd_coef * said, scale=scale)[..., None] * mask

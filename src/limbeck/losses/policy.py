@@ -1,0 +1,130 @@
+"""Policy gradients on groups of completions: GRPO as KDRL uses it.
+
+Two parts that papers mix differently, each on its own here: what a token contributes (`surrogate_per_token`), and how
+much it weighs (`token_weights`). The weights are a function of the whole batch's mask, so a loop that works through
+micro-batches cuts rows out of them and sums: no split changes the gradient.
+
+Left out: the KL to a reference policy, which KDRL's objective does not have.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from limbeck.losses.masking import require_finite
+from limbeck.losses.options import require_choice
+
+SCALES = ("std", "none")
+NORMALISERS = ("token", "sequence", "constant")
+_TINY = 1e-6  # of the reward, added to the standard deviation
+
+
+def group_advantages(rewards: Float[Tensor, "prompt group"], *, scale: str = "std") -> Float[Tensor, "prompt group"]:
+    """Rewards relative to their group: what GRPO reinforces.
+
+    (r_i - mean r) / (std r + 1e-6), or with scale="none" the difference alone (Dr. GRPO).
+
+    The standard deviation is the sample's (divided by group - 1), as in TRL; KDRL's paper does not say whether it
+    divides at all. Exactly 0 in a group of equal rewards, where rounding would otherwise be scaled up.
+    Units: standard deviations, or rewards. Gradient: none.
+    Raises ValueError for a group of one, a reward that is not finite, or an unknown scale.
+    """
+    require_choice("scale", scale, SCALES)
+    if rewards.shape[1] < 2:
+        raise ValueError(f"received groups of {rewards.shape[1]}, expected at least two completions a prompt")
+    if not rewards.isfinite().all():
+        raise ValueError(f"received the reward {rewards[~rewards.isfinite()][0].item()}, expected finite rewards")
+    rewards = rewards.detach()
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale == "std":
+        advantages = advantages / (rewards.std(1, keepdim=True) + _TINY)
+    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0)
+
+
+def token_weights(
+    mask: Bool[Tensor, "batch time"], *, normalise: str = "token", longest: int | None = None
+) -> Float[Tensor, "batch time"]:
+    """How much each token weighs in a loss: a sum of values times these weights is the loss.
+
+    "token": 1 / N, N the number of tokens in the batch (KDRL, DAPO), so that long completions weigh more. "sequence":
+    1 / (batch |o_i|), the mean of the completions' means (first GRPO). "constant": 1 / (batch longest), with `longest`
+    the tokens that a completion may have (Dr. GRPO).
+
+    In float64, 0 outside the mask, in every row without a token too. Units: 1 / token. Gradient: none.
+    Raises ValueError for an empty mask, an unknown normaliser, or a `longest` that is missing, idle or too short.
+    """
+    require_choice("normalise", normalise, NORMALISERS)
+    counts = mask.sum(1, keepdim=True)
+    if not counts.any():
+        raise ValueError("received a mask that keeps no token, expected at least one")
+    if (longest is not None) != (normalise == "constant"):
+        raise ValueError(f"received longest={longest} with normalise={normalise!r}, expected it with 'constant' alone")
+    if longest is not None and longest < counts.max():
+        raise ValueError(f"received a completion of {counts.max()} tokens, expected at most longest={longest}")
+    weights = mask.double()
+    if normalise == "token":
+        return weights / counts.sum()
+    if normalise == "sequence":
+        return weights / (len(mask) * counts.clamp_min(1))
+    return weights / (len(mask) * longest)
+
+
+def weighted_sum(values: Float[Tensor, "batch time"], weights: Float[Tensor, "batch time"]) -> Float[Tensor, ""]:
+    """sum_it w_it x_it, in the values' dtype. Raises ValueError if it is not finite."""
+    return require_finite((values * weights.to(values.dtype)).sum())
+
+
+def masked(values: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
+    """The values in float32 or wider, 0 outside the mask: what padding holds reaches neither value nor gradient."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~mask, 0)
+
+
+def surrogate_per_token(
+    logprobs: Float[Tensor, "batch time"],
+    old_logprobs: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, " batch"] | Float[Tensor, "batch time"],
+    *,
+    mask: Bool[Tensor, "batch time"],
+    clip_eps: float | None = None,
+) -> Float[Tensor, "batch time"]:
+    """What each token contributes to the policy's loss, unreduced; 0 outside the mask.
+
+    -rho A, rho = pi / pi_old; with clip_eps, PPO's -min(rho A, clip(rho, 1 - clip_eps, 1 + clip_eps) A).
+
+    An advantage is one number a completion, or one a token. On-policy rho is 1 and only carries the gradient, so KDRL
+    does not clip.
+    Units: those of the advantage. Gradient: to logprobs; old_logprobs and advantages are detached.
+    Raises ValueError if clip_eps is not in (0, 1).
+    """
+    if clip_eps is not None and not 0 < clip_eps < 1:
+        raise ValueError(f"received clip_eps {clip_eps}, expected one between 0 and 1, or None")
+    ratio = (masked(logprobs, mask) - masked(old_logprobs, mask).detach()).exp()
+    advantages = advantages.detach().to(ratio.dtype)
+    advantages = masked((advantages if advantages.ndim == 2 else advantages[:, None]).expand_as(ratio), mask)
+    gain = ratio * advantages
+    if clip_eps is not None:
+        gain = torch.minimum(gain, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
+    return -gain
+
+
+def grpo_loss(
+    logprobs: Float[Tensor, "batch time"],
+    old_logprobs: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, " batch"] | Float[Tensor, "batch time"],
+    *,
+    mask: Bool[Tensor, "batch time"],
+    clip_eps: float | None = None,
+    normalise: str = "token",
+    longest: int | None = None,
+) -> Float[Tensor, ""]:
+    """GRPO's loss on completions: `surrogate_per_token` summed at `token_weights`.
+
+    -(1 / N) sum_it rho_it A_i, with the defaults (KDRL, J_GRPO).
+
+    Its value says little: on-policy, with advantages that sum to 0 over rows of one length, it is 0. Its gradient is
+    what trains.
+    Units: those of the advantage. Gradient: to logprobs only.
+    Raises ValueError for wrong options (see both parts) or a loss that is not finite.
+    """
+    weights = token_weights(mask, normalise=normalise, longest=longest)
+    return weighted_sum(surrogate_per_token(logprobs, old_logprobs, advantages, mask=mask, clip_eps=clip_eps), weights)
