@@ -11,7 +11,8 @@ from limbeck import closure, paths
 BELOW = {
     "losses": {"losses", "seeding"},
     "tasks": {"tasks", "assets", "carriers", "paths", "seeding"},
-    "training": {"training", "losses"},
+    "training": {"training", "losses", "sampling", "models", "assets", "carriers", "paths", "seeding"},
+    "sampling": {"sampling", "models", "assets", "carriers", "paths", "seeding"},
     "models": {"models", "assets", "carriers", "paths", "seeding"},
     "language_models": {"language_models", "models", "assets", "carriers", "paths", "seeding"},
     "answers": {"answers", "models", "tasks", "assets", "carriers", "paths", "seeding"},

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import nbformat
 import pytest
@@ -110,6 +111,7 @@ def test_a_notebook_follows_the_template(path):
     assert "**Scale.**" in cells[1].source
     assert cells[2].metadata["tags"] == ["parameters"]
     assert cells[-1].source.startswith("**Reading.**")
+    assert len(re.findall(r"[.?](?=\s|$)", cells[-1].source.removeprefix("**Reading.**"))) == 2, "two sentences"
     assert [cell.cell_type for cell in cells] == ["markdown"] * 2 + ["code"] * (len(cells) - 3) + ["markdown"]
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from limbeck import paths, readme, records
@@ -8,6 +10,7 @@ TEXT = "# limbeck\n\n<!-- claims:begin -->\nold\n<!-- claims:end -->\n\nafter\n"
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
     path = tmp_path / "README.md"
     path.write_text(TEXT)
     return path
@@ -22,6 +25,10 @@ def exhibit(paper, name, profile, *decisions, picture=False):
     path = records.write_exhibit(paper, name, profile, claims=decisions or [decision()], table=[])
     if picture:
         path.with_suffix(".svg").write_text("<svg/>")
+        cells = [{"source": ["# Title"]}, {"source": ["**Reading.** One doubt.\n", f"Another of {name}."]}]
+        notebook = paths.NOTEBOOKS / paper / f"{name}.ipynb"
+        notebook.parent.mkdir(parents=True, exist_ok=True)
+        notebook.write_text(json.dumps({"cells": cells}))
 
 
 def test_a_claim_becomes_a_row_with_a_link_to_its_notebook(page):
@@ -63,7 +70,10 @@ def test_exhibits_stand_together_within_their_paper(page):
     assert text.index("### SinKD") < text.index("### KDRL")
     assert text.index("[fig_toy]") < text.index("[table_encoder]")
     assert text.count("![") == 2
-    pictures = "![sinkd, fig_toy](results/default/sinkd/fig_toy.svg)\n\n![sinkd, table_encoder](results/default/sinkd/"
+    pictures = (
+        "![sinkd, fig_toy](results/default/sinkd/fig_toy.svg)\n\n**fig_toy.** One doubt. Another of fig_toy.\n\n"
+        "![sinkd, table_encoder](results/default/sinkd/table_encoder.svg)\n\n**table_encoder.** One doubt. Another of"
+    )
     assert text.index("[table_encoder](notebooks") < text.index(pictures) < text.index("### KDRL")
 
 
@@ -90,7 +100,7 @@ def test_writing_twice_changes_nothing_and_touches_nothing(page):
     readme.rewrite(page)
     assert page.read_bytes() == before
     assert (page.stat().st_ino, page.stat().st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
-    assert sorted(file.name for file in page.parent.iterdir()) == ["README.md", "results"]
+    assert sorted(file.name for file in page.parent.iterdir()) == ["README.md", "notebooks", "results"]
 
 
 def test_without_exhibits_the_page_says_how_to_get_them(page):

@@ -33,7 +33,7 @@ def rewrite(path: Path) -> None:
 
 
 def sections() -> str:
-    """One markdown section a paper with an exhibit: the table of claims, then the pictures."""
+    """One markdown section a paper with an exhibit: the table of claims, then each picture with its reading."""
     parts = []
     for paper, title in PAPERS.items():
         exhibits = [json.loads(file.read_text(encoding="utf-8")) for file in _files(paper, "json")]
@@ -72,12 +72,19 @@ def _cell(text: str) -> str:
 
 
 def _pictures(paper: str) -> list[str]:
-    """One picture an exhibit, of the first profile that has it."""
+    """One picture an exhibit, of the first profile that has it, and what its notebook says against it."""
     first = {file.stem: file for file in reversed(_files(paper, "svg"))}
     return [
-        f"![{paper}, {stem}](results/{file.parent.parent.name}/{paper}/{stem}.svg)"
+        f"![{paper}, {stem}](results/{file.parent.parent.name}/{paper}/{stem}.svg)\n\n{_reading(paper, stem)}"
         for stem, file in sorted(first.items())
     ]
+
+
+def _reading(paper: str, exhibit: str) -> str:
+    """The last cell of an exhibit's notebook, under the exhibit's name."""
+    cells = json.loads((paths.NOTEBOOKS / paper / f"{exhibit}.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = " ".join("".join(cells[-1]["source"]).split())
+    return text.replace("**Reading.**", f"**{exhibit}.**", 1)
 
 
 if __name__ == "__main__":

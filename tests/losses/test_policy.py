@@ -57,7 +57,17 @@ def test_a_group_of_equal_rewards_has_no_advantage_at_all(value):
         assert not found.any()
 
 
-def test_rewards_that_no_group_can_have_are_refused(monkeypatch):
+def test_a_completion_that_is_not_counted_has_no_part_in_its_group():
+    rewards = torch.tensor([[1.0, 1.0, 0.0, math.nan], [2.0, math.nan, math.nan, math.nan], [1.0, 1.0, math.inf, 1.0]])
+    counted = rewards.isfinite()
+    found = policy.group_advantages(rewards, counted=counted)
+    torch.testing.assert_close(found[0, :3], policy.group_advantages(rewards[:1, :3])[0])
+    assert not found[~counted].any()
+    assert not found[1:].any()
+    assert not policy.group_advantages(rewards, counted=torch.zeros(3, 4, dtype=torch.bool)).any()
+
+
+def test_rewards_that_no_group_can_have_are_refused():
     with pytest.raises(ValueError, match="groups of 1, expected at least two"):
         policy.group_advantages(torch.zeros(3, 1))
     for bad in (math.nan, math.inf):

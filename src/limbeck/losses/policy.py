@@ -19,26 +19,34 @@ NORMALISERS = ("token", "sequence", "constant")
 _TINY = 1e-6  # of the reward, added to the standard deviation
 
 
-def group_advantages(rewards: Float[Tensor, "prompt group"], *, scale: str = "std") -> Float[Tensor, "prompt group"]:
+def group_advantages(
+    rewards: Float[Tensor, "prompt group"],
+    *,
+    scale: str = "std",
+    counted: Bool[Tensor, "prompt group"] | None = None,
+) -> Float[Tensor, "prompt group"]:
     """Rewards relative to their group: what GRPO reinforces.
 
     (r_i - mean r) / (std r + 1e-6), or with scale="none" the difference alone (Dr. GRPO).
 
     The standard deviation is the sample's (divided by group - 1), as in TRL; KDRL's paper does not say whether it
-    divides at all. Exactly 0 in a group of equal rewards, where rounding would otherwise be scaled up.
+    divides at all. Exactly 0 in a group of equal rewards, where rounding would otherwise be scaled up. A completion
+    that is not counted (its verifier failed) has 0, and no part in the mean or the deviation.
     Units: standard deviations, or rewards. Gradient: none.
     Raises ValueError for a group of one, a reward that is not finite, or an unknown scale.
     """
     require_choice("scale", scale, SCALES)
     if rewards.shape[1] < 2:
         raise ValueError(f"received groups of {rewards.shape[1]}, expected at least two completions a prompt")
-    if not rewards.isfinite().all():
-        raise ValueError(f"received the reward {rewards[~rewards.isfinite()][0].item()}, expected finite rewards")
-    rewards = rewards.detach()
-    advantages = rewards - rewards.mean(1, keepdim=True)
+    counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
+    if not (known := rewards[counted]).isfinite().all():
+        raise ValueError(f"received the reward {known[~known.isfinite()][0].item()}, expected finite rewards")
+    rewards, number = rewards.detach().masked_fill(~counted, 0), counted.sum(1, keepdim=True)
+    gaps = (rewards - rewards.sum(1, keepdim=True) / number.clamp_min(1)).masked_fill(~counted, 0)
+    low, high = (rewards.masked_fill(~counted, end).aminmax(dim=1, keepdim=True) for end in (torch.inf, -torch.inf))
     if scale == "std":
-        advantages = advantages / (rewards.std(1, keepdim=True) + _TINY)
-    return advantages.masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0)
+        gaps = gaps / ((gaps.square().sum(1, keepdim=True) / (number - 1).clamp_min(1)).sqrt() + _TINY)
+    return gaps.masked_fill(low.min >= high.max, 0)
 
 
 def token_weights(

@@ -1,0 +1,195 @@
+"""Completions of prompts from a decoder, and the log-probability of each of their tokens.
+
+Whoever samples for a training loop is a `Sampler`: `Sampled` is the one that is built in, on transformers' cache. One
+uniform number decides a token, by inverse CDF, and depends only on (seed, prompt, sample, position): so neither the
+batch that a prompt stands in, nor a restart, nor a sample that ended changes another sample (up to rounding).
+
+A prompt is read once, for all its completions; a completion that has ended leaves the batch and the cache. Sampling and
+scoring share one temperature, and nothing is cut off (no top-p, no top-k): other log-probabilities than those sampled
+from would make the ratio of policies wrong.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from limbeck import models, seeding
+
+Tokens = tuple[int, ...]
+_MANTISSA = 53  # bits of a float64
+
+
+class Completions(NamedTuple):
+    """What was sampled, a row a completion, those of a prompt next to each other; padded on the right.
+
+    `logprobs` are those of the sampler, 0 outside the mask; `ended` says which completions hold the end token (the
+    others were cut).
+    """
+
+    tokens: Int[Tensor, "batch time"]
+    mask: Bool[Tensor, "batch time"]
+    logprobs: Float[Tensor, "batch time"]
+    ended: Bool[Tensor, " batch"]
+
+    def rows(self) -> list[Tokens]:
+        """The completions without padding."""
+        return [tuple(row[kept].tolist()) for row, kept in zip(self.tokens, self.mask, strict=True)]
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Anything that samples completions: a server of a larger model too, if it returns their log-probabilities."""
+
+    def __call__(
+        self, prompts: Sequence[Tokens], names: Sequence[str | int], *, group_size: int, longest: int, seed: int
+    ) -> Completions:
+        """`group_size` completions of each prompt, of at most `longest` tokens; `names` tell prompts' streams apart."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The built-in `Sampler`. `end` is the token that ends a completion, and is part of it."""
+
+    model: PreTrainedModel
+    end: int
+    temperature: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        """Check the temperature."""
+        _require_temperature(self.temperature)
+
+    def __call__(
+        self, prompts: Sequence[Tokens], names: Sequence[str | int], *, group_size: int, longest: int, seed: int
+    ) -> Completions:
+        """Raises ValueError for an empty prompt, one too long for the model, a group or length below 1."""
+        require_room(self.model, prompts, longest)
+        if group_size < 1 or len(names) != len(prompts):
+            received = f"group_size {group_size} and {len(names)} names of {len(prompts)} prompts"
+            raise ValueError(f"received {received}, expected at least 1 and one name a prompt")
+        uniforms = torch.stack([uniform(seed, name, i, longest) for name in names for i in range(group_size)])
+        return _decode(self, prompts, uniforms.to(self.model.device), group_size)
+
+
+def uniform(seed: int, name: str | int, sample: int, longest: int) -> Float[Tensor, " longest"]:
+    """The numbers in [0, 1) that decide the tokens of one completion, in float64."""
+    words = seeding.bits(seed, "rollout", name, sample, n=longest) >> (64 - _MANTISSA)
+    return torch.from_numpy(words.astype("float64")) / 2**_MANTISSA
+
+
+def choose(
+    logits: Float[Tensor, "batch vocab"], uniforms: Float[Tensor, " batch"], temperature: float
+) -> tuple[Int[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """The token at which the CDF passes the uniform number, and its log-probability.
+
+    Sums are in float64; a token of probability 0 is never chosen.
+    """
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    cdf = logprobs.double().exp().cumsum(-1)
+    tokens = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)
+    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+
+
+@torch.no_grad()
+def _decode(sampler: Sampled, prompts: Sequence[Tokens], uniforms: Tensor, group_size: int) -> Completions:
+    """Prompts on the left of a common edge, then a token a step for all that have not ended."""
+    model, where = sampler.model, sampler.model.device
+    tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=where)
+    logprobs, mask = torch.zeros(uniforms.shape, device=where), torch.zeros_like(tokens, dtype=torch.bool)
+    ended = torch.zeros(len(uniforms), dtype=torch.bool, device=where)
+    ids, seen = padded(prompts, where, left=True)
+    cache = DynamicCache(config=model.config)
+    with models.autocast(where, sampler.dtype):
+        positions = (seen.cumsum(1) - 1).clamp_min(0)
+        logits = _next(model, ids, seen, positions, cache).repeat_interleave(group_size, 0)
+        cache.batch_repeat_interleave(group_size)
+        seen, alive = seen.repeat_interleave(group_size, 0), torch.arange(len(uniforms), device=where)
+        for position in range(uniforms.shape[1]):
+            chosen, chosen_logprobs = choose(logits, uniforms[alive, position], sampler.temperature)
+            tokens[alive, position], logprobs[alive, position] = chosen, chosen_logprobs
+            mask[alive, position] = True
+            going = chosen != sampler.end
+            ended[alive[~going]] = True
+            if not going.any() or position + 1 == uniforms.shape[1]:
+                break
+            if not going.all():
+                alive, chosen, seen = alive[going], chosen[going], seen[going]
+                cache.batch_select_indices(going.nonzero()[:, 0])
+            seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
+            logits = _next(model, chosen[:, None], seen, seen.sum(1, keepdim=True) - 1, cache)
+    longest = int(mask.sum(1).max())
+    return Completions(tokens[:, :longest], mask[:, :longest], logprobs[:, :longest], ended)
+
+
+def _next(model: PreTrainedModel, ids: Tensor, seen: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    """The logits after the last token; a mask of ones is left out, which spares attention its mask."""
+    inputs = {"attention_mask": None if bool(seen.all()) else seen, "position_ids": positions}
+    return model(input_ids=ids, past_key_values=cache, logits_to_keep=1, **inputs).logits[:, -1]
+
+
+def padded(rows: Sequence[Tokens], device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids, padded with 0, and the mask of what is not padding, both int64 [row, longest]."""
+    tensors = [torch.tensor([row, [1] * len(row)], dtype=torch.long).T for row in rows]
+    both = pad_sequence(tensors, batch_first=True, padding_side="left" if left else "right").to(device)
+    return both[..., 0], both[..., 1]
+
+
+def completion_logits(
+    model: PreTrainedModel, prompts: Sequence[Tokens], completions: Sequence[Tokens], *, temperature: float
+) -> tuple[Float[Tensor, "token vocab"], Bool[Tensor, "batch time"]]:
+    """What the model says at each token of the completions, logits / temperature, and the mask that says whose it is.
+
+    The head is computed there only: not on prompts, not on padding. Gradient: to the model's parameters.
+    """
+    _require_temperature(temperature)
+    rows = [(*prompt, *completion[:-1]) for prompt, completion in zip(prompts, completions, strict=True)]
+    ids, seen = padded(rows, model.device)
+    states = model.base_model(input_ids=ids, attention_mask=None if bool(seen.all()) else seen).last_hidden_state
+    kept = padded(completions, model.device)[1].bool()
+    starts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
+    owners, steps = kept.nonzero().T
+    return model.get_output_embeddings()(states[owners, starts[owners] + steps]).float() / temperature, kept
+
+
+def completion_logprobs(
+    logits: Float[Tensor, "token vocab"], kept: Bool[Tensor, "batch time"], completions: Sequence[Tokens]
+) -> Float[Tensor, "batch time"]:
+    """log softmax of `completion_logits` at the completions' tokens, padded with 0: what `Completions` would hold."""
+    tokens = padded(completions, logits.device)[0][kept]
+    values = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+    return values.new_zeros(kept.shape).masked_scatter(kept, values)
+
+
+def require_room(model: PreTrainedModel, prompts: Sequence[Tokens], longest: int) -> None:
+    """Raise ValueError for an empty prompt, or one that leaves the model no room for `longest` tokens."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    for prompt in prompts:
+        received = f"received a prompt of {len(prompt)} tokens and longest={longest}"
+        if not prompt or longest < 1:
+            raise ValueError(f"{received}, expected both above 0")
+        if room is not None and len(prompt) + longest > room:
+            raise ValueError(f"{received}, expected at most the {room} together that the model takes")
+
+
+def require_one_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless two tokenizers give every token, and every special token, the same number."""
+    one, other = student.get_vocab(), teacher.get_vocab()
+    if one != other:
+        token = min(set(one.items()) ^ set(other.items()))[0]
+        numbers = f"{token!r} is {one.get(token)} for the student and {other.get(token)} for the teacher"
+        raise ValueError(f"received vocabularies of {len(one)} and {len(other)} tokens, expected equal ones; {numbers}")
+    for name in ("eos_token", "bos_token", "pad_token"):
+        left, right = getattr(student, name), getattr(teacher, name)
+        if left != right:
+            raise ValueError(f"received {name} {left!r} for the student and {right!r} for the teacher, expected one")
+
+
+def _require_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"received temperature {temperature}, expected temperature > 0")

@@ -1,0 +1,96 @@
+"""Learning from one's own completions: roll out, verify, score, one optimiser step; one record a step.
+
+What is minimised is an argument, so every arm of a comparison is this loop. A step's loss is a sum of terms over all of
+its completions, each with the weight that it has in the whole step, so how rows are cut into micro-batches changes
+nothing.
+
+Left out: a reference policy; filtering of groups with equal rewards, since there the teacher has most to say.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.training import resume
+from limbeck.training.rollouts import Metrics, Problem, Rollout, Run, Scores, micro_batches
+
+Terms = dict[str, Tensor]
+Curve = dict[str, list[float]]
+Objective = Callable[[int, Rollout], tuple[Callable[[Scores], Terms], Metrics]]
+"""At a step, for its rollout: the terms of some rows, whose sums over all rows are minimised, and numbers to log."""
+
+
+def fit(
+    run: Run,
+    parameters: dict[str, nn.Parameter],
+    problems: Sequence[Sequence[Problem]],
+    objective: Objective,
+    *,
+    state: Path | None,
+) -> Generator[Metrics, None, Curve]:
+    """Train on the problems of each step, one rollout a `next`; returns the curve, a mean a window of `save_every`.
+
+    After each window the run is saved to `state`, if there is one, and a later call with the same arguments goes on
+    from there, to the bit. AdamW at a constant rate, betas (0.9, 0.999), no weight decay, clipped gradients.
+    """
+    settings = run.settings
+    optimiser = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
+    saved = (state and resume.load(state, parameters, optimiser)) or {"step": 0, "curve": {}}
+    curve: Curve = saved["curve"]
+    window: list[Metrics] = []
+    for step in range(saved["step"], len(problems)):
+        rollout = run.roll(problems[step], step)
+        terms, record = objective(step, rollout)
+        record = rollout.metrics | record
+        for update in range(settings.updates):
+            split = update == 0 and step % settings.split_every == 0
+            record |= _update(run, parameters, rollout, terms, optimiser, split=split)
+        window.append(record)
+        yield {"step": step + 1, "steps": len(problems), **record}
+        if len(window) == settings.save_every or step + 1 == len(problems):
+            for name in dict.fromkeys(name for entry in window for name in entry):
+                values = [entry[name] for entry in window if name in entry]
+                curve.setdefault(name, []).append(sum(values) / len(values))
+            window = []
+            if state:
+                resume.save(state, parameters, optimiser, {"step": step + 1, "curve": curve})
+    return curve
+
+
+def _update(
+    run: Run,
+    parameters: dict[str, nn.Parameter],
+    rollout: Rollout,
+    terms: Callable[[Scores], Terms],
+    optimiser: torch.optim.Optimizer,
+    *,
+    split: bool,
+) -> Metrics:
+    """One optimiser step on a rollout. With `split`, the gradient of each term apart: norms, and cosines."""
+    weights = list(parameters.values())
+    totals: dict[str, float] = {}
+    apart: dict[str, list[Tensor]] = {}
+    optimiser.zero_grad(set_to_none=True)
+    for rows in micro_batches(rollout, run.settings.micro_tokens):
+        found = terms(run.score(rollout, rows))
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + value.item()
+            if split and value.requires_grad:
+                gradient = torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True)
+                kept = apart.setdefault(name, [torch.zeros_like(weight) for weight in weights])
+                torch._foreach_add_(kept, list(gradient))
+        torch.stack(list(found.values())).sum().backward()
+    norm = nn.utils.clip_grad_norm_(weights, run.settings.clip_norm, error_if_nonfinite=True)
+    optimiser.step()
+    return totals | {"optimiser/gradient_norm": norm.item()} | _compared(apart)
+
+
+def _compared(apart: dict[str, list[Tensor]]) -> Metrics:
+    """The norm of each term's gradient and, of two terms, their cosine."""
+    flat = {name: torch.cat([part.flatten() for part in parts]) for name, parts in apart.items()}
+    found = {f"gradient/{name.removeprefix('loss/')}": vector.norm().item() for name, vector in flat.items()}
+    if len(flat) == 2:
+        found["gradient/cosine"] = torch.cosine_similarity(*flat.values(), dim=0).item()
+    return found

@@ -1,0 +1,180 @@
+"""Completions of a step with all that is known of them, and what policy and teacher say of their tokens.
+
+Rows of like length share a micro-batch, within a budget of tokens, so that little is computed on padding.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from limbeck import models, sampling
+from limbeck.sampling import Sampler, Tokens
+
+
+class Problem(NamedTuple):
+    """A prompt, and the name of its stream of random numbers."""
+
+    prompt: Tokens
+    name: str | int
+
+
+class Verdict(NamedTuple):
+    """What a verifier says of one completion; the reward of one that it could not judge is NaN."""
+
+    reward: float
+    correct: bool
+
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The completions of a step, a row each, and what is known of them before any gradient."""
+
+    prompts: list[Tokens]
+    completions: list[Tokens]
+    mask: Bool[Tensor, "batch time"]
+    old_logprobs: Float[Tensor, "batch time"]
+    ended: Bool[Tensor, " batch"]
+    rewards: Float[Tensor, "prompt group"]
+    correct: Bool[Tensor, "prompt group"]
+    teacher_logprobs: Float[Tensor, "batch time"] | None = None
+
+    @property
+    def metrics(self) -> Metrics:
+        """Means over the step."""
+        judged = self.rewards.isfinite()
+        lengths = self.mask.sum(1).double()
+        return {
+            "rollout/reward": self.rewards[judged].double().mean().item(),
+            "rollout/accuracy": self.correct.double().mean().item(),
+            "rollout/unjudged": (~judged).double().mean().item(),
+            "rollout/equal_groups": (self.rewards == self.rewards[:, :1]).all(1).double().mean().item(),
+            "rollout/length": lengths.mean().item(),
+            "rollout/ended": self.ended.double().mean().item(),
+            "rollout/tokens": lengths.sum().item(),
+        }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the policy says, with gradient, of some rows of a rollout; and the teacher, at the same tokens, if asked."""
+
+    rows: Int[Tensor, " row"]
+    mask: Bool[Tensor, "row time"]
+    logprobs: Float[Tensor, "row time"]
+    logits: Float[Tensor, "token vocab"]
+    teacher_logits: Callable[[], Float[Tensor, "token vocab"]]
+
+    def restored(self, values: Float[Tensor, " token"]) -> Float[Tensor, "row time"]:
+        """Values of the tokens at their places, 0 elsewhere."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run samples and steps; with `updates` above 1, all but the first are off-policy."""
+
+    group_size: int
+    longest: int
+    temperature: float
+    seed: int
+    learning_rate: float
+    clip_norm: float
+    save_every: int
+    micro_tokens: int
+    updates: int = 1
+    split_every: int = 10
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a group of one and for what must be above 0."""
+        if self.group_size < 2:
+            raise ValueError(f"received group_size {self.group_size}, expected at least two completions a prompt")
+        for name, value in dataclasses.asdict(self).items():
+            if name != "seed" and not value > 0:
+                raise ValueError(f"received {name} {value}, expected {name} > 0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A policy in training, who samples for it, who judges, and who teaches."""
+
+    policy: PreTrainedModel
+    sampler: Sampler
+    verify: Callable[[Problem, Tokens], Verdict]
+    teacher: PreTrainedModel | None
+    settings: Settings
+    dtype: torch.dtype = torch.float32
+
+    def score(self, rollout: Rollout, rows: Tensor) -> Scores:
+        """What policy and teacher say of some rows, at the sampling temperature."""
+        prompts, completions = (
+            [parts[row] for row in rows.tolist()] for parts in (rollout.prompts, rollout.completions)
+        )
+
+        def logits_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+            with models.autocast(model.device, self.dtype):
+                return sampling.completion_logits(model, prompts, completions, temperature=self.settings.temperature)
+
+        @torch.no_grad()
+        def teacher_logits() -> Tensor:
+            if self.teacher is None:
+                raise ValueError("received no teacher, expected one: a term reads its logits")
+            return logits_of(self.teacher)[0]
+
+        logits, kept = logits_of(self.policy)
+        wider = (0, rollout.mask.shape[1] - kept.shape[1])
+        logprobs = nn.functional.pad(sampling.completion_logprobs(logits, kept, completions), wider)
+        return Scores(rows, nn.functional.pad(kept, wider), logprobs, logits, teacher_logits)
+
+    def roll(self, problems: Sequence[Problem], step: int) -> Rollout:
+        """Sample, judge and let the teacher score. Raises ValueError for a reward that is not finite, or no verdict."""
+        size, prompts = self.settings.group_size, [problem.prompt for problem in problems]
+        names = [f"{step}/{problem.name}" for problem in problems]
+        options = {"group_size": size, "longest": self.settings.longest, "seed": self.settings.seed}
+        found = self.sampler(prompts, names, **options)
+        rows = found.rows()
+        verdicts = [_judged(self.verify, problems[row // size], tokens) for row, tokens in enumerate(rows)]
+        rewards, correct = (torch.tensor(x).unflatten(0, (-1, size)) for x in zip(*verdicts, strict=True))
+        if not rewards.isfinite().any():
+            raise ValueError(f"received no verdict on any of {len(rows)} completions, expected a verifier that works")
+        every = [prompt for prompt in prompts for _ in range(size)]
+        rollout = Rollout(every, rows, found.mask, found.logprobs, found.ended, rewards.float(), correct)
+        return rollout if self.teacher is None else dataclasses.replace(rollout, teacher_logprobs=self._taught(rollout))
+
+    @torch.no_grad()
+    def _taught(self, rollout: Rollout) -> Tensor:
+        """The teacher's log-probability of every token."""
+        scorer, found = dataclasses.replace(self, policy=self.teacher), torch.zeros_like(rollout.old_logprobs)
+        for rows in micro_batches(rollout, self.settings.micro_tokens):
+            found[rows] = scorer.score(rollout, rows).logprobs
+        return found
+
+
+def _judged(verify: Callable[[Problem, Tokens], Verdict], problem: Problem, tokens: Tokens) -> Verdict:
+    try:
+        verdict = verify(problem, tokens)
+    except Exception:  # whatever it is: counted, and reported as rollout/unjudged
+        return Verdict(float("nan"), correct=False)
+    if not math.isfinite(verdict.reward):
+        raise ValueError(f"received the reward {verdict.reward} for problem {problem.name!r}, expected a finite one")
+    return verdict
+
+
+def micro_batches(rollout: Rollout, tokens: int) -> list[Int[Tensor, " row"]]:
+    """All rows, in batches of like length of at most so many tokens with padding, or of one row."""
+    lengths = torch.tensor([len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)])
+    batches: list[list[int]] = [[]]
+    for row in torch.argsort(lengths, stable=True).tolist():
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return [torch.tensor(batch) for batch in batches]

@@ -1,0 +1,197 @@
+import itertools
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from limbeck import sampling
+
+END, VOCABULARY = 3, 11
+PROMPTS = ((5, 6, 7), (4,), (8, 9, 5, 6, 7, 10), (4, 4))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model(request):
+    """A decoder with rotary positions, or with learned ones, in float64, sharp enough to prefer something."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if request.param == "llama":
+            size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+            config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=40, initializer_range=0.4, **size)
+            found = LlamaForCausalLM(config)
+        else:
+            size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40}
+            config = GPT2Config(vocab_size=VOCABULARY, initializer_range=0.4, **size)
+            found = GPT2LMHeadModel(config)
+    return found.eval().double()
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    return sampling.Sampled(model, END)
+
+
+def draw(sampler, prompts=PROMPTS, names=None, group_size=3, longest=9, seed=0):
+    names = range(len(prompts)) if names is None else names
+    return sampler(prompts, list(names), group_size=group_size, longest=longest, seed=seed)
+
+
+def score(model, prompts, rows, temperature=1.0):
+    return sampling.completion_logprobs(
+        *sampling.completion_logits(model, prompts, rows, temperature=temperature), rows
+    )
+
+
+def slowly(model, prompt, numbers, temperature):
+    """One completion without cache, batch or padding: the token at which a running sum passes the number."""
+    tokens, logprobs = [], []
+    for u in numbers.tolist():
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].float() / temperature
+        probs = logits.log_softmax(0).double().exp().tolist()
+        sums = list(itertools.accumulate(probs))
+        token = next(v for v, total in enumerate(sums) if total > u * sums[-1])
+        tokens.append(token)
+        logprobs.append(math.log(probs[token]))
+        if token == END:
+            break
+    return tokens, logprobs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_each_completion_is_what_its_numbers_alone_choose(model, temperature):
+    found = draw(sampling.Sampled(model, END, temperature))
+    lengths = set()
+    for row, (prompt, sample) in enumerate(itertools.product(range(4), range(3))):
+        tokens, logprobs = slowly(model, PROMPTS[prompt], sampling.uniform(0, prompt, sample, 9), temperature)
+        assert found.rows()[row] == tuple(tokens)
+        assert found.logprobs[row, : len(tokens)].tolist() == pytest.approx(logprobs, abs=1e-5)
+        assert not found.logprobs[row, len(tokens) :].any()
+        assert bool(found.ended[row]) == (tokens[-1] == END)
+        lengths.add(len(tokens))
+    assert len(lengths) > 1, "all completions are of one length"
+    assert found.ended.any() and not found.ended.all()
+
+
+def test_neither_the_batch_nor_its_order_nor_the_group_changes_a_sample(sampler):
+    whole = draw(sampler).rows()
+    turned = draw(sampler, PROMPTS[::-1], names=[3, 2, 1, 0]).rows()
+    assert turned == [row for start in (9, 6, 3, 0) for row in whole[start : start + 3]]
+    for prompt in range(4):
+        alone = draw(sampler, PROMPTS[prompt : prompt + 1], names=[prompt], group_size=2).rows()
+        assert alone == whole[3 * prompt : 3 * prompt + 2]
+
+
+def test_seeds_names_and_samples_have_their_own_numbers_and_a_longer_stream_begins_as_a_shorter_one():
+    base = sampling.uniform(0, "a", 0, 6)
+    assert torch.equal(sampling.uniform(0, "a", 0, 9)[:6], base)
+    for other in ((1, "a", 0), (0, "b", 0), (0, "a", 1)):
+        assert not (sampling.uniform(*other, 6) == base).any()
+    many = sampling.uniform(0, "many", 0, 100_000)
+    assert many.min() >= 0 and many.max() < 1
+    assert many.mean().item() == pytest.approx(0.5, abs=5 * (1 / 12 / len(many)) ** 0.5)
+
+
+def test_sampling_is_the_same_again_and_leaves_the_global_generators_alone(sampler, global_generators):
+    first = draw(sampler)
+    torch.rand(3)
+    before = global_generators()
+    again = draw(sampler)
+    assert global_generators() == before
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert draw(sampler, seed=1).rows() != first.rows()
+
+
+def test_the_frequencies_of_tokens_are_their_probabilities():
+    """20,000 stratified numbers: each token's share is within one part in 10,000 of its probability."""
+    logits = torch.tensor([1.0, -2.0, 0.5, -torch.inf, 3.0])
+    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    tokens, logprobs = sampling.choose(logits.expand(20_000, 5), uniforms, 0.7)
+    expected = (logits / 0.7).softmax(0)
+    torch.testing.assert_close(tokens.bincount(minlength=5) / 20_000, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logprobs, expected.log()[tokens])
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-53])
+def test_a_token_without_probability_is_never_chosen_not_even_at_the_ends(u):
+    logits = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
+    token, _ = sampling.choose(logits, torch.tensor([u], dtype=torch.float64), 1.0)
+    assert token.item() == (1 if u == 0 else 2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+def test_scoring_gives_the_samplers_log_probabilities_at_its_temperature(model, temperature):
+    found = draw(sampling.Sampled(model, END, temperature))
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    scored = score(model, prompts, found.rows(), temperature)
+    torch.testing.assert_close(scored.float(), found.logprobs, atol=1e-5, rtol=1e-5)
+    assert not scored[~found.mask].any()
+    other = score(model, prompts, found.rows(), 0.5)
+    assert (other - found.logprobs)[found.mask].abs().mean() > 0.05
+
+
+def test_scores_do_not_depend_on_the_rows_beside_them_and_neither_do_gradients(model):
+    rows = draw(sampling.Sampled(model, END)).rows()
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    weights = list(model.parameters())
+
+    def gradients(order):
+        values = score(model, [prompts[i] for i in order], [rows[i] for i in order])
+        return values, torch.autograd.grad(values.sum(), weights)
+
+    whole, expected = gradients(range(12))
+    turned, found = gradients(range(11, -1, -1))
+    torch.testing.assert_close(turned.flip(0), whole, atol=1e-6, rtol=0)
+    alone = [gradients([i]) for i in range(12)]
+    for i, (values, _) in enumerate(alone):
+        torch.testing.assert_close(values[0], whole[i, : values.shape[1]], atol=1e-6, rtol=0)
+    summed = [sum(parts) for parts in zip(*(g for _, g in alone), strict=True)]
+    for one, other, third in zip(expected, found, summed, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one, third, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": ((4,), ())}, "a prompt of 0 tokens and longest=9"),
+        ({"longest": 0}, "a prompt of 3 tokens and longest=0"),
+        ({"longest": 35}, "a prompt of 6 tokens and longest=35, expected at most the 40 together"),
+        ({"group_size": 0}, "group_size 0 and 4 names of 4 prompts"),
+        ({"names": [1]}, "group_size 3 and 1 names of 4 prompts"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(sampler, change, message):
+    with pytest.raises(ValueError, match=message):
+        draw(sampler, **change)
+
+
+def test_a_temperature_that_is_none_is_refused(model):
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="expected temperature > 0"):
+            sampling.Sampled(model, END, temperature)
+        with pytest.raises(ValueError, match="expected temperature > 0"):
+            score(model, [(4,)], [(5,)], temperature)
+
+
+def tokenizer(words, **special):
+    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", **special)
+
+
+def test_a_teacher_of_another_vocabulary_or_end_is_refused():
+    words = ["?", "[E]", "[P]", "a", "b"]
+    student = tokenizer(words, eos_token="[E]", pad_token="[P]")
+    sampling.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[P]"))
+    with pytest.raises(
+        ValueError, match="5 and 6 tokens, expected equal ones; 'c' is None for the student and 5 for the teacher"
+    ):
+        sampling.require_one_vocabulary(student, tokenizer([*words, "c"], eos_token="[E]", pad_token="[P]"))
+    with pytest.raises(ValueError, match="expected equal ones; 'a' is 3 for the student and 4 for the teacher"):
+        turned = [*words[:3], "b", "a"]
+        sampling.require_one_vocabulary(student, tokenizer(turned, eos_token="[E]", pad_token="[P]"))
+    with pytest.raises(ValueError, match=r"eos_token '\[E\]' for the student and '\[P\]' for the teacher"):
+        sampling.require_one_vocabulary(student, tokenizer(words, eos_token="[P]", pad_token="[P]"))
