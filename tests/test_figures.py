@@ -218,6 +218,15 @@ def test_interval_panels_draw_each_group_on_one_scale_with_one_caption():
     assert len(plain.axes[0].lines) == len(figure.axes[0].lines) - 1
 
 
+def test_a_title_too_long_for_a_line_takes_two_and_makes_room_for_itself():
+    short, long = (figures.panels(1, title=title)[0] for title in ("word " * 19, "word " * 20))
+    assert [figure.get_suptitle().count("\n") for figure in (short, long)] == [0, 1]
+    assert long.get_suptitle().split() == ["word"] * 20
+    heights = [figure.axes[0].get_position().height * figure.get_figheight() for figure in (short, long)]
+    assert heights[0] == pytest.approx(heights[1])
+    assert long.get_figheight() == pytest.approx(short.get_figheight() + figures.LEADING)
+
+
 def responses(scale=1.0):
     gains = {0.01: [0.1, 0.3], 0.1: [0.2, 0.2], 10.0: [-0.4, 0.0]}
     return {value: intervals.mean_interval([scale * x for x in gain]) for value, gain in gains.items()}

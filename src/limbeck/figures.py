@@ -6,6 +6,7 @@ the caption says over what. Longer than 200 lines because it holds one helper a 
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # an exhibit's picture should not wait for scipy
 
 STYLE = Path(__file__).with_name("limbeck.mplstyle")
 WIDTH = 7.2  # inches: about the text column of a README
+LINE, LEADING = 95, 0.17  # of a figure's title: characters, and inches
 GREY = "#8a8a8a"
 
 
@@ -66,8 +68,8 @@ def panels(
 
     Units: inches, of a row and of the margins; fixed, since a fitted layout drifts in the last bits between drawings.
     """
-    rows = -(-count // columns)
-    top, right, across, between = 0.7 if title else 0.35, 0.15, 0.4, 0.5
+    rows, title = -(-count // columns), textwrap.fill(title, LINE)
+    top, right, across, between = (0.7 if title else 0.35) + LEADING * title.count("\n"), 0.15, 0.4, 0.5
     tall = rows * height + top - 0.35
     wide, high = WIDTH - left - right - across * (columns - 1), tall - top - bottom - between * (rows - 1)
     place = {"left": left / WIDTH, "right": 1 - right / WIDTH, "bottom": bottom / tall, "top": 1 - top / tall}
