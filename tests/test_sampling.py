@@ -3,9 +3,7 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from limbeck import sampling
 
@@ -177,21 +175,7 @@ def test_a_temperature_that_is_none_is_refused(model):
             score(model, [(4,)], [(5,)], temperature)
 
 
-def tokenizer(words, **special):
-    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="?"))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", **special)
-
-
-def test_a_teacher_of_another_vocabulary_or_end_is_refused():
-    words = ["?", "[E]", "[P]", "a", "b"]
-    student = tokenizer(words, eos_token="[E]", pad_token="[P]")
-    sampling.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[P]"))
-    with pytest.raises(
-        ValueError, match="5 and 6 tokens, expected equal ones; 'c' is None for the student and 5 for the teacher"
-    ):
-        sampling.require_one_vocabulary(student, tokenizer([*words, "c"], eos_token="[E]", pad_token="[P]"))
-    with pytest.raises(ValueError, match="expected equal ones; 'a' is 3 for the student and 4 for the teacher"):
-        turned = [*words[:3], "b", "a"]
-        sampling.require_one_vocabulary(student, tokenizer(turned, eos_token="[E]", pad_token="[P]"))
-    with pytest.raises(ValueError, match=r"eos_token '\[E\]' for the student and '\[P\]' for the teacher"):
-        sampling.require_one_vocabulary(student, tokenizer(words, eos_token="[P]", pad_token="[P]"))
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model.config, "final_logit_softcapping", 30.0, raising=False)
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0, expected logits as the head says"):
+        score(model, [(4,)], [(5,)])

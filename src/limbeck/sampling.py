@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 
 from limbeck import models, seeding
 
 Tokens = tuple[int, ...]
+_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # Gemma 2, Cohere, Granite
 _MANTISSA = 53  # bits of a float64
 
 
@@ -45,6 +46,8 @@ class Completions(NamedTuple):
 @runtime_checkable
 class Sampler(Protocol):
     """Anything that samples completions: a server of a larger model too, if it returns their log-probabilities."""
+
+    temperature: float
 
     def __call__(
         self, prompts: Sequence[Tokens], names: Sequence[str | int], *, group_size: int, longest: int, seed: int
@@ -146,8 +149,14 @@ def completion_logits(
     """What the model says at each token of the completions, logits / temperature, and the mask that says whose it is.
 
     The head is computed there only: not on prompts, not on padding. Gradient: to the model's parameters.
+    Raises ValueError for temperature <= 0, or a model that changes its logits after the head.
     """
     _require_temperature(temperature)
+    for name in _AFTER_HEAD:
+        if getattr(model.config, name, None) not in (None, 1):
+            raise ValueError(
+                f"received a model with {name}={getattr(model.config, name)}, expected logits as the head says"
+            )
     rows = [(*prompt, *completion[:-1]) for prompt, completion in zip(prompts, completions, strict=True)]
     ids, seen = padded(rows, model.device)
     states = model.base_model(input_ids=ids, attention_mask=None if bool(seen.all()) else seen).last_hidden_state
@@ -175,19 +184,6 @@ def require_room(model: PreTrainedModel, prompts: Sequence[Tokens], longest: int
             raise ValueError(f"{received}, expected both above 0")
         if room is not None and len(prompt) + longest > room:
             raise ValueError(f"{received}, expected at most the {room} together that the model takes")
-
-
-def require_one_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless two tokenizers give every token, and every special token, the same number."""
-    one, other = student.get_vocab(), teacher.get_vocab()
-    if one != other:
-        token = min(set(one.items()) ^ set(other.items()))[0]
-        numbers = f"{token!r} is {one.get(token)} for the student and {other.get(token)} for the teacher"
-        raise ValueError(f"received vocabularies of {len(one)} and {len(other)} tokens, expected equal ones; {numbers}")
-    for name in ("eos_token", "bos_token", "pad_token"):
-        left, right = getattr(student, name), getattr(teacher, name)
-        if left != right:
-            raise ValueError(f"received {name} {left!r} for the student and {right!r} for the teacher, expected one")
 
 
 def _require_temperature(temperature: float) -> None:

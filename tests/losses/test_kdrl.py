@@ -227,6 +227,17 @@ def test_shaping_before_normalisation_is_one_number_a_completion_and_all_teacher
     assert advantages[2:].abs().max() > 0.7, "a group of equal rewards has no advantage"
 
 
+@pytest.mark.parametrize("placement", kdrl.PLACEMENTS)
+def test_a_completion_that_is_not_counted_has_no_shaped_advantage_but_the_teachers_own(placement):
+    rewards, counted = torch.tensor([[1.0, math.nan, 0.0]]), torch.tensor([[True, False, True]])
+    ratios, mask = torch.ones(1, 3, 2), torch.ones(1, 3, 2, dtype=torch.bool)
+    options = {"kd_coef": 0.5, "placement": placement}
+    found = kdrl.shaped_advantages(rewards, ratios, mask=mask, counted=counted, **options)
+    alone = kdrl.shaped_advantages(rewards[:, ::2], ratios[:, ::2], mask=mask[:, ::2], **options)
+    torch.testing.assert_close(found[:, ::2], alone)
+    assert set(found[0, 1].tolist()) == {0.5 if placement == "post" else 0.0}
+
+
 def test_wrong_options_are_refused():
     now, old, advantages, mask = batch()
     teacher = teacher_of(now)

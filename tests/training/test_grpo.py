@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from limbeck import models, sampling
 from limbeck.losses import divergence, kdrl, policy
@@ -54,11 +56,10 @@ def grouped(step, rollout):
     return lambda scores: {"loss/policy": terms(scores)["loss/policy"]}, {}
 
 
-def make(**changes):
+def make(temperature=1.0, **changes):
     settings = {
         "group_size": 4,
         "longest": 6,
-        "temperature": 1.0,
         "seed": 0,
         "learning_rate": 0.01,
         "clip_norm": 1.0,
@@ -68,7 +69,7 @@ def make(**changes):
         "split_every": 2,
     } | changes
     student = decoder(0)
-    sampler = sampling.Sampled(student, END, settings["temperature"])
+    sampler = sampling.Sampled(student, END, temperature)
     return rollouts.Run(student, sampler, verify, decoder(1), rollouts.Settings(**settings))
 
 
@@ -96,7 +97,7 @@ def plainly(run, rollout):
         for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
             logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
             rows.append(
-                (logits / run.settings.temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+                (logits / run.sampler.temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
             )
     count = len(rollout.prompts)
     now, teacher = (torch.nn.utils.rnn.pad_sequence(half, batch_first=True) for half in (rows[:count], rows[count:]))
@@ -239,6 +240,10 @@ def test_a_verifier_that_raises_is_counted_and_its_completions_have_no_advantage
     rollout = run.roll(problems(1, names=(0, 13, 2))[0], 0)
     assert rollout.rewards.isnan().any(1).tolist() == [False, True, False]
     assert rollout.metrics["rollout/unjudged"] == pytest.approx(1 / 3)
+    rewards = [[1.0, math.nan, 1.0], [0.0, 1.0, math.nan], [math.nan, 1.0, math.nan]]
+    partly = dataclasses.replace(rollout, rewards=torch.tensor(rewards), correct=torch.tensor(rewards) == 1)
+    assert partly.metrics["rollout/equal_groups"] == pytest.approx(2 / 3)
+    assert partly.metrics["rollout/accuracy"] == pytest.approx(4 / 5)
     assert math.isfinite(rollout.metrics["rollout/reward"])
     records, _, weights = train(run, 2, names=(0, 13, 2))
     assert records[0]["rollout/unjudged"] == pytest.approx(1 / 3)
@@ -303,3 +308,23 @@ def test_the_teacher_is_left_as_it_was():
     train(run, 2)
     assert all(torch.equal(weight, before[name]) for name, weight in run.teacher.state_dict().items())
     assert all(weight.grad is None for weight in run.teacher.parameters())
+
+
+def tokenizer(words, **special):
+    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="?"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", **special)
+
+
+def test_a_teacher_of_another_vocabulary_or_end_is_refused():
+    words = ["?", "[E]", "[P]", "a", "b"]
+    student = tokenizer(words, eos_token="[E]", pad_token="[P]")
+    rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[P]"))
+    with pytest.raises(
+        ValueError, match="5 and 6 tokens, expected equal ones; 'c' is None for the student and 5 for the teacher"
+    ):
+        rollouts.require_one_vocabulary(student, tokenizer([*words, "c"], eos_token="[E]", pad_token="[P]"))
+    with pytest.raises(ValueError, match="expected equal ones; 'a' is 3 for the student and 4 for the teacher"):
+        turned = [*words[:3], "b", "a"]
+        rollouts.require_one_vocabulary(student, tokenizer(turned, eos_token="[E]", pad_token="[P]"))
+    with pytest.raises(ValueError, match=r"eos_token '\[E\]' for the student and '\[P\]' for the teacher"):
+        rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[P]", pad_token="[P]"))

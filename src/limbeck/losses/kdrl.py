@@ -1,8 +1,8 @@
 """KDRL: reinforcement from a verifier and reverse KL to a teacher in one loss, on the student's own completions.
 
 The joint loss, its schedule and its masks, and reward shaping, which the paper rejects. With R = log p - log q of the
-sampled token, p teacher, q student, the joint loss with k2 moves each token by A_i + kd_coef R: on-policy the same, to
-the bit of the algebra, as adding R to the advantage after the group's normalisation.
+sampled token, p teacher, q student, the joint loss with k2 moves each token by A_i + kd_coef R: on-policy, adding R to
+the advantage after the group's normalisation is the same.
 """
 
 import torch
@@ -20,8 +20,8 @@ PLACEMENTS = ("pre", "mean", "post")
 def kd_mask(correct: Bool[Tensor, "prompt group"], level: str) -> Bool[Tensor, "prompt group"]:
     """Which completions learn from the teacher: all, the wrong ones, or those of prompts that no completion solves.
 
-    "none" masks nothing. At "group" level the two signals act on disjoint prompts: where the teacher acts, all
-    advantages are 0. It is the verifier's word that counts, not a shaped reward.
+    "none" masks nothing. At "group" level, if the reward says no more than the verifier, the two signals act on
+    disjoint prompts: where the teacher acts, all advantages are 0. What was not judged counts as wrong.
     Raises ValueError for an unknown level.
     """
     require_choice("level", level, LEVELS)
@@ -129,6 +129,7 @@ def shaped_advantages(
     kd_coef: float,
     placement: str,
     scale: str = "std",
+    counted: Bool[Tensor, "prompt group"] | None = None,
 ) -> Float[Tensor, "prompt group time"]:
     """The teacher in the reward instead of the loss: an advantage a token, for `policy.grpo_loss`.
 
@@ -142,10 +143,10 @@ def shaped_advantages(
     Raises ValueError for an unknown placement, and as `policy.group_advantages`.
     """
     require_choice("placement", placement, PLACEMENTS)
-    log_ratios = log_ratios.detach().masked_fill(~mask, 0)
+    log_ratios, options = log_ratios.detach().masked_fill(~mask, 0), {"scale": scale, "counted": counted}
     if placement == "post":
-        return policy.group_advantages(rewards, scale=scale)[..., None] * mask + kd_coef * log_ratios
+        return policy.group_advantages(rewards, **options)[..., None] * mask + kd_coef * log_ratios
     said = log_ratios.sum(-1)
     if placement == "mean":
         said = said / mask.sum(-1).clamp_min(1)
-    return policy.group_advantages(rewards + kd_coef * said, scale=scale)[..., None] * mask
+    return policy.group_advantages(rewards + kd_coef * said, **options)[..., None] * mask

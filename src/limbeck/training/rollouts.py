@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import models, sampling
 from limbeck.sampling import Sampler, Tokens
@@ -50,14 +50,15 @@ class Rollout:
 
     @property
     def metrics(self) -> Metrics:
-        """Means over the step."""
+        """Means over the step, of rewards over what was judged."""
         judged = self.rewards.isfinite()
+        low, high = (self.rewards.masked_fill(~judged, end).aminmax(dim=1) for end in (torch.inf, -torch.inf))
         lengths = self.mask.sum(1).double()
         return {
             "rollout/reward": self.rewards[judged].double().mean().item(),
-            "rollout/accuracy": self.correct.double().mean().item(),
+            "rollout/accuracy": self.correct[judged].double().mean().item(),
             "rollout/unjudged": (~judged).double().mean().item(),
-            "rollout/equal_groups": (self.rewards == self.rewards[:, :1]).all(1).double().mean().item(),
+            "rollout/equal_groups": (low.min >= high.max).double().mean().item(),
             "rollout/length": lengths.mean().item(),
             "rollout/ended": self.ended.double().mean().item(),
             "rollout/tokens": lengths.sum().item(),
@@ -85,7 +86,6 @@ class Settings:
 
     group_size: int
     longest: int
-    temperature: float
     seed: int
     learning_rate: float
     clip_norm: float
@@ -122,7 +122,7 @@ class Run:
 
         def logits_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
             with models.autocast(model.device, self.dtype):
-                return sampling.completion_logits(model, prompts, completions, temperature=self.settings.temperature)
+                return sampling.completion_logits(model, prompts, completions, temperature=self.sampler.temperature)
 
         @torch.no_grad()
         def teacher_logits() -> Tensor:
@@ -178,3 +178,16 @@ def micro_batches(rollout: Rollout, tokens: int) -> list[Int[Tensor, " row"]]:
             batches.append([])
         batches[-1].append(row)
     return [torch.tensor(batch) for batch in batches]
+
+
+def require_one_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless two tokenizers give every token, and every special token, the same number."""
+    one, other = student.get_vocab(), teacher.get_vocab()
+    if one != other:
+        token = min(set(one.items()) ^ set(other.items()))[0]
+        numbers = f"{token!r} is {one.get(token)} for the student and {other.get(token)} for the teacher"
+        raise ValueError(f"received vocabularies of {len(one)} and {len(other)} tokens, expected equal ones; {numbers}")
+    for name in ("eos_token", "bos_token", "pad_token"):
+        left, right = getattr(student, name), getattr(teacher, name)
+        if left != right:
+            raise ValueError(f"received {name} {left!r} for the student and {right!r} for the teacher, expected one")
