@@ -61,16 +61,17 @@ def panels(
     height: float = 2.8,
     left: float = 1.2,
     bottom: float = 0.75,
+    extra: float = 0.0,
     title: str = "",
     shared: bool = True,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of README width with `count` axes that share their scales, if not told otherwise, under one title.
 
-    Units: inches, of a row and of the margins; fixed, since a fitted layout drifts in the last bits between drawings.
+    Units: inches, of a row, of the margins, and `extra` height; fixed, for a fitted layout drifts in its last bits.
     """
     rows, title = -(-count // columns), textwrap.fill(title, LINE)
     top, right, across, between = (0.7 if title else 0.35) + LEADING * title.count("\n"), 0.15, 0.4, 0.5
-    tall = rows * height + top - 0.35
+    tall = rows * height + top - 0.35 + extra
     wide, high = WIDTH - left - right - across * (columns - 1), tall - top - bottom - between * (rows - 1)
     place = {"left": left / WIDTH, "right": 1 - right / WIDTH, "bottom": bottom / tall, "top": 1 - top / tall}
     place |= {"wspace": across * columns / wide, "hspace": between * rows / high}
@@ -167,7 +168,9 @@ def response_panels(
 
     `found` is name -> arm -> value -> estimate. With `zero`, no difference is marked and all panels have one scale.
     """
-    figure, axes = panels(len(found), title=title, columns=columns, height=2.1, left=0.75, bottom=0.75, shared=False)
+    keys = LEADING * ((max(map(len, found.values())) - 1) // 3)  # lines but the first
+    margins = {"height": 2.1, "left": 0.75, "bottom": 0.75 + keys, "extra": keys}
+    figure, axes = panels(len(found), title=title, columns=columns, shared=False, **margins)
     with style():
         for axis, (name, arms) in zip(axes, found.items(), strict=True):
             for arm, estimates in arms.items():
