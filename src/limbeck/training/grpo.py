@@ -1,8 +1,8 @@
 """Learning from one's own completions: roll out, verify, score, one optimiser step; one record a step.
 
 What is minimised is an argument, so every arm of a comparison is this loop. A step's loss is a sum of terms over all of
-its completions, each with the weight that it has in the whole step, so how rows are cut into micro-batches changes
-nothing.
+its completions, each with the weight that it has in the whole step, so neither the cut into micro-batches nor the
+number of processes changes it: every process works on some rows, and gradients are added up.
 
 Left out: a reference policy; filtering of groups with equal rewards, since there the teacher has most to say.
 """
@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from limbeck.training import resume
-from limbeck.training.rollouts import Metrics, Problem, Rollout, Run, Scores, micro_batches
+from limbeck.training import processes, resume
+from limbeck.training.learner import Run, Scores
+from limbeck.training.rollouts import Metrics, Problem, Rollout, micro_batches
 
 Terms = dict[str, Tensor]
 Curve = dict[str, list[float]]
@@ -70,21 +71,24 @@ def _update(
 ) -> Metrics:
     """One optimiser step on a rollout. With `split`, the gradient of each term apart: norms, and cosines."""
     weights = list(parameters.values())
-    totals: dict[str, float] = {}
+    totals: Terms = {}
     apart: dict[str, list[Tensor]] = {}
     optimiser.zero_grad(set_to_none=True)
-    for rows in micro_batches(rollout, run.settings.micro_tokens):
+    for rows in micro_batches(rollout, processes.chunk(range(len(rollout.completions))), run.settings.micro_tokens):
         found = terms(run.score(rollout, rows))
         for name, value in found.items():
-            totals[name] = totals.get(name, 0.0) + value.item()
+            totals[name] = totals.get(name, 0.0) + value.detach().double()
             if split and value.requires_grad:
                 gradient = torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True)
                 kept = apart.setdefault(name, [torch.zeros_like(weight) for weight in weights])
                 torch._foreach_add_(kept, list(gradient))
         torch.stack(list(found.values())).sum().backward()
+    processes.add_up([*totals.values(), *(part for parts in apart.values() for part in parts)])
+    processes.add_up(weight.grad for weight in weights if weight.grad is not None)
     norm = nn.utils.clip_grad_norm_(weights, run.settings.clip_norm, error_if_nonfinite=True)
     optimiser.step()
-    return totals | {"optimiser/gradient_norm": norm.item()} | _compared(apart)
+    summed = {name: value.item() for name, value in totals.items()}
+    return summed | {"optimiser/gradient_norm": norm.item()} | _compared(apart)
 
 
 def _compared(apart: dict[str, list[Tensor]]) -> Metrics:

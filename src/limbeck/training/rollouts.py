@@ -1,21 +1,15 @@
-"""Completions of a step with all that is known of them, and what policy and teacher say of their tokens.
-
-Rows of like length share a micro-batch, within a budget of tokens, so that little is computed on padding.
-"""
+"""The completions of a training step, and what is known of them before any gradient."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck import models, sampling
-from limbeck.sampling import Sampler, Tokens
+from limbeck.sampling import Tokens
 
 
 class Problem(NamedTuple):
@@ -64,130 +58,35 @@ class Rollout:
             "rollout/tokens": lengths.sum().item(),
         }
 
-
-@dataclass(frozen=True)
-class Scores:
-    """What the policy says, with gradient, of some rows of a rollout; and the teacher, at the same tokens, if asked."""
-
-    rows: Int[Tensor, " row"]
-    mask: Bool[Tensor, "row time"]
-    logprobs: Float[Tensor, "row time"]
-    logits: Float[Tensor, "token vocab"]
-    teacher_logits: Callable[[], Float[Tensor, "token vocab"]]
-
-    def restored(self, values: Float[Tensor, " token"]) -> Float[Tensor, "row time"]:
-        """Values of the tokens at their places, 0 elsewhere."""
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+    def to(self, device: torch.device) -> "Rollout":
+        """The same with its tensors on a device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a run samples and steps; with `updates` above 1, all but the first are off-policy."""
+def merged(parts: Sequence[Rollout]) -> Rollout:
+    """One rollout of all rows, in their order, padded to the longest."""
+    longest = max(part.mask.shape[1] for part in parts)
 
-    group_size: int
-    longest: int
-    seed: int
-    learning_rate: float
-    clip_norm: float
-    save_every: int
-    micro_tokens: int
-    updates: int = 1
-    split_every: int = 10
+    def wide(name: str) -> Tensor:
+        return torch.cat([nn.functional.pad(x, (0, longest - x.shape[1])) for x in (getattr(p, name) for p in parts)])
 
-    def __post_init__(self) -> None:
-        """Raise ValueError for a group of one and for what must be above 0."""
-        if self.group_size < 2:
-            raise ValueError(f"received group_size {self.group_size}, expected at least two completions a prompt")
-        for name, value in dataclasses.asdict(self).items():
-            if name != "seed" and not value > 0:
-                raise ValueError(f"received {name} {value}, expected {name} > 0")
+    return Rollout(
+        [prompt for part in parts for prompt in part.prompts],
+        [completion for part in parts for completion in part.completions],
+        wide("mask"),
+        wide("old_logprobs"),
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("ended", "rewards", "correct")),
+        None if parts[0].teacher_logprobs is None else wide("teacher_logprobs"),
+    )
 
 
-@dataclass(frozen=True)
-class Run:
-    """A policy in training, who samples for it, who judges, and who teaches."""
-
-    policy: PreTrainedModel
-    sampler: Sampler
-    verify: Callable[[Problem, Tokens], Verdict]
-    teacher: PreTrainedModel | None
-    settings: Settings
-    dtype: torch.dtype = torch.float32
-
-    def score(self, rollout: Rollout, rows: Tensor) -> Scores:
-        """What policy and teacher say of some rows, at the sampling temperature."""
-        prompts, completions = (
-            [parts[row] for row in rows.tolist()] for parts in (rollout.prompts, rollout.completions)
-        )
-
-        def logits_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-            with models.autocast(model.device, self.dtype):
-                return sampling.completion_logits(model, prompts, completions, temperature=self.sampler.temperature)
-
-        @torch.no_grad()
-        def teacher_logits() -> Tensor:
-            if self.teacher is None:
-                raise ValueError("received no teacher, expected one: a term reads its logits")
-            return logits_of(self.teacher)[0]
-
-        logits, kept = logits_of(self.policy)
-        wider = (0, rollout.mask.shape[1] - kept.shape[1])
-        logprobs = nn.functional.pad(sampling.completion_logprobs(logits, kept, completions), wider)
-        return Scores(rows, nn.functional.pad(kept, wider), logprobs, logits, teacher_logits)
-
-    def roll(self, problems: Sequence[Problem], step: int) -> Rollout:
-        """Sample, judge and let the teacher score. Raises ValueError for a reward that is not finite, or no verdict."""
-        size, prompts = self.settings.group_size, [problem.prompt for problem in problems]
-        names = [f"{step}/{problem.name}" for problem in problems]
-        options = {"group_size": size, "longest": self.settings.longest, "seed": self.settings.seed}
-        found = self.sampler(prompts, names, **options)
-        rows = found.rows()
-        verdicts = [_judged(self.verify, problems[row // size], tokens) for row, tokens in enumerate(rows)]
-        rewards, correct = (torch.tensor(x).unflatten(0, (-1, size)) for x in zip(*verdicts, strict=True))
-        if not rewards.isfinite().any():
-            raise ValueError(f"received no verdict on any of {len(rows)} completions, expected a verifier that works")
-        every = [prompt for prompt in prompts for _ in range(size)]
-        rollout = Rollout(every, rows, found.mask, found.logprobs, found.ended, rewards.float(), correct)
-        return rollout if self.teacher is None else dataclasses.replace(rollout, teacher_logprobs=self._taught(rollout))
-
-    @torch.no_grad()
-    def _taught(self, rollout: Rollout) -> Tensor:
-        """The teacher's log-probability of every token."""
-        scorer, found = dataclasses.replace(self, policy=self.teacher), torch.zeros_like(rollout.old_logprobs)
-        for rows in micro_batches(rollout, self.settings.micro_tokens):
-            found[rows] = scorer.score(rollout, rows).logprobs
-        return found
-
-
-def _judged(verify: Callable[[Problem, Tokens], Verdict], problem: Problem, tokens: Tokens) -> Verdict:
-    try:
-        verdict = verify(problem, tokens)
-    except Exception:  # whatever it is: counted, and reported as rollout/unjudged
-        return Verdict(float("nan"), correct=False)
-    if not math.isfinite(verdict.reward):
-        raise ValueError(f"received the reward {verdict.reward} for problem {problem.name!r}, expected a finite one")
-    return verdict
-
-
-def micro_batches(rollout: Rollout, tokens: int) -> list[Int[Tensor, " row"]]:
-    """All rows, in batches of like length of at most so many tokens with padding, or of one row."""
-    lengths = torch.tensor([len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)])
+def micro_batches(rollout: Rollout, rows: Sequence[int], tokens: int) -> list[Int[Tensor, " row"]]:
+    """Some rows, in batches of like length of at most so many tokens with padding, or of one row."""
+    lengths = {row: len(rollout.prompts[row]) + len(rollout.completions[row]) for row in rows}
     batches: list[list[int]] = [[]]
-    for row in torch.argsort(lengths, stable=True).tolist():
+    for row in sorted(rows, key=lengths.__getitem__):
         if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > tokens:
             batches.append([])
         batches[-1].append(row)
     return [torch.tensor(batch) for batch in batches]
-
-
-def require_one_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless two tokenizers give every token, and every special token, the same number."""
-    one, other = student.get_vocab(), teacher.get_vocab()
-    if one != other:
-        token = min(set(one.items()) ^ set(other.items()))[0]
-        numbers = f"{token!r} is {one.get(token)} for the student and {other.get(token)} for the teacher"
-        raise ValueError(f"received vocabularies of {len(one)} and {len(other)} tokens, expected equal ones; {numbers}")
-    for name in ("eos_token", "bos_token", "pad_token"):
-        left, right = getattr(student, name), getattr(teacher, name)
-        if left != right:
-            raise ValueError(f"received {name} {left!r} for the student and {right!r} for the teacher, expected one")
