@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
@@ -22,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from limbeck import models, seeding
 
 Tokens = tuple[int, ...]
+Decoder = PreTrainedModel | PeftModel
 _AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # Gemma 2, Cohere, Granite
 _MANTISSA = 53  # bits of a float64
 
@@ -59,7 +61,7 @@ class Sampler(Protocol):
 class Sampled:
     """The built-in `Sampler`. `end` is the token that ends a completion, and is part of it."""
 
-    model: PreTrainedModel
+    model: Decoder
     end: int
     temperature: float = 1.0
     dtype: torch.dtype = torch.float32
@@ -130,7 +132,7 @@ def _decode(sampler: Sampled, prompts: Sequence[Tokens], uniforms: Tensor, group
     return Completions(tokens[:, :longest], mask[:, :longest], logprobs[:, :longest], ended)
 
 
-def _next(model: PreTrainedModel, ids: Tensor, seen: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+def _next(model: Decoder, ids: Tensor, seen: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
     """The logits after the last token; a mask of ones is left out, which spares attention its mask."""
     inputs = {"attention_mask": None if bool(seen.all()) else seen, "position_ids": positions}
     return model(input_ids=ids, past_key_values=cache, logits_to_keep=1, **inputs).logits[:, -1]
@@ -144,11 +146,12 @@ def padded(rows: Sequence[Tokens], device: torch.device, *, left: bool = False) 
 
 
 def completion_logits(
-    model: PreTrainedModel, prompts: Sequence[Tokens], completions: Sequence[Tokens], *, temperature: float
+    model: Decoder, prompts: Sequence[Tokens], completions: Sequence[Tokens], *, temperature: float
 ) -> tuple[Float[Tensor, "token vocab"], Bool[Tensor, "batch time"]]:
     """What the model says at each token of the completions, logits / temperature, and the mask that says whose it is.
 
-    The head is computed there only: not on prompts, not on padding. Gradient: to the model's parameters.
+    The head is computed there only: not on prompts, not on padding. A PEFT adapter inside the layers is part of the
+    model; one that lengthens the prompt is not supported. Gradient: to the model's parameters.
     Raises ValueError for temperature <= 0, or a model that changes its logits after the head.
     """
     _require_temperature(temperature)
@@ -159,7 +162,8 @@ def completion_logits(
             )
     rows = [(*prompt, *completion[:-1]) for prompt, completion in zip(prompts, completions, strict=True)]
     ids, seen = padded(rows, model.device)
-    states = model.base_model(input_ids=ids, attention_mask=None if bool(seen.all()) else seen).last_hidden_state
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    states = inner.base_model(input_ids=ids, attention_mask=None if bool(seen.all()) else seen).last_hidden_state
     kept = padded(completions, model.device)[1].bool()
     starts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
     owners, steps = kept.nonzero().T
@@ -175,7 +179,7 @@ def completion_logprobs(
     return values.new_zeros(kept.shape).masked_scatter(kept, values)
 
 
-def require_room(model: PreTrainedModel, prompts: Sequence[Tokens], longest: int) -> None:
+def require_room(model: Decoder, prompts: Sequence[Tokens], longest: int) -> None:
     """Raise ValueError for an empty prompt, or one that leaves the model no room for `longest` tokens."""
     room = getattr(model.config, "max_position_embeddings", None)
     for prompt in prompts:

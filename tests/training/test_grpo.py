@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -300,6 +301,33 @@ def test_what_is_missing_or_not_finite_is_refused():
     assert rollout.teacher_logprobs is None
     with pytest.raises(ValueError, match="received no teacher, expected one"):
         alone.score(rollout, torch.arange(2)).teacher_logits()
+
+
+def test_an_adapter_is_sampled_scored_and_trained_and_the_model_under_it_stays():
+    """PEFT's LoRA at a rate that moves it: the log-probabilities are those of the whole model, head and all."""
+    base = make()
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy_model = get_peft_model(decoder(0), config).double()
+    with torch.no_grad():
+        for name, weight in policy_model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.3)
+    run = dataclasses.replace(base, policy=policy_model, sampler=sampling.Sampled(policy_model, END))
+    frozen = {name: w.clone() for name, w in policy_model.named_parameters() if not w.requires_grad}
+    rollout = run.roll(problems(1)[0], 0)
+    scores = run.score(rollout, torch.arange(12))
+    prompt, completion = rollout.prompts[0], rollout.completions[0]
+    logits = policy_model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+    torch.testing.assert_close(scores.logprobs[0, : len(completion)], expected.float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.logprobs.float(), rollout.old_logprobs, atol=1e-5, rtol=0)
+    assert (scores.logprobs - base.score(rollout, torch.arange(12)).logprobs).abs().max() > 0.01, "no adapter in it"
+    start = {name: w.detach().clone() for name, w in models.trainable(policy_model).items()}
+    train(run, 2)
+    assert all((w != start[name]).any() for name, w in models.trainable(policy_model).items())
+    assert all(torch.equal(w, frozen[name]) for name, w in policy_model.named_parameters() if name in frozen)
 
 
 def test_the_teacher_is_left_as_it_was():

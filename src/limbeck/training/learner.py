@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from limbeck import models, sampling
-from limbeck.sampling import Sampler, Tokens
+from limbeck.sampling import Decoder, Sampler, Tokens
 from limbeck.training import processes
 from limbeck.training.rollouts import Problem, Rollout, Verdict, merged, micro_batches
 
@@ -61,10 +61,10 @@ class Settings:
 class Run:
     """A policy in training, who samples for it, who judges, and who teaches."""
 
-    policy: PreTrainedModel
+    policy: Decoder
     sampler: Sampler
     verify: Callable[[Problem, Tokens], Verdict]
-    teacher: PreTrainedModel | None
+    teacher: Decoder | None
     settings: Settings
     dtype: torch.dtype = torch.float32
 
@@ -74,7 +74,7 @@ class Run:
             [parts[row] for row in rows.tolist()] for parts in (rollout.prompts, rollout.completions)
         )
 
-        def logits_of(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        def logits_of(model: Decoder) -> tuple[Tensor, Tensor]:
             with models.autocast(model.device, self.dtype):
                 return sampling.completion_logits(model, prompts, completions, temperature=self.sampler.temperature)
 
