@@ -76,6 +76,8 @@ def test_wrong_inputs_are_refused():
         chunked.chunked_reverse_kl.__wrapped__(hidden, head, teacher, teacher_head[:6])
     with pytest.raises(ValueError, match="chunk 0, expected at least 1"):
         chunked.chunked_reverse_kl(*parts(), chunk=0)
+    with pytest.raises(ValueError, match=r"mask of shape \(4,\), expected \(3, 4\)"):
+        chunked.chunked_reverse_kl.__wrapped__(*parts(), mask=torch.ones(4, dtype=torch.bool))
     with pytest.raises(ValueError, match="no selected row"):
         chunked.chunked_reverse_kl(*parts(), mask=torch.zeros(3, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="expected a finite loss"):

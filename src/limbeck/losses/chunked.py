@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.losses.masking import require_finite
+from limbeck.losses.options import require_mask
 
 
 class _ReverseKL(torch.autograd.Function):
@@ -70,8 +71,11 @@ def chunked_reverse_kl(
         raise ValueError(f"received shapes {shapes}, expected the same rows and the same vocabulary on both sides")
     if chunk < 1:
         raise ValueError(f"received chunk {chunk}, expected at least 1")
-    keep = torch.ones(student_hidden.shape[:-1], dtype=torch.bool) if mask is None else mask
-    student, teacher = student_hidden[keep], teacher_hidden[keep].detach()
+    if mask is None:
+        student, teacher = student_hidden.flatten(0, -2), teacher_hidden.flatten(0, -2)
+    else:
+        require_mask(mask, student_hidden[..., 0])
+        student, teacher = student_hidden[mask], teacher_hidden[mask]
     if not len(student):
         raise ValueError("received no selected row, expected at least one")
-    return require_finite(_ReverseKL.apply(student, student_head, teacher, teacher_head.detach(), chunk))
+    return require_finite(_ReverseKL.apply(student, student_head, teacher.detach(), teacher_head.detach(), chunk))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from limbeck.losses import divergence
 from limbeck.losses.masking import masked_mean, require_finite
-from limbeck.losses.options import require_choice
+from limbeck.losses.options import require_choice, require_mask
 
 KINDS = ("k1", "k2", "k3")
 SUPPORTS = ("student", "teacher")
@@ -96,6 +96,7 @@ def top_k_reverse_kl(
     Raises ValueError for unequal shapes, wrong options, an empty mask, or a loss that is not finite.
     """
     if mask is not None:
+        require_mask(mask, student_logits[..., 0])
         student_logits, teacher_logits = student_logits[mask], teacher_logits[mask]
     values = top_k_reverse_kl_per_token(student_logits, teacher_logits, k=k, support=support, form=form)
     return require_finite(masked_mean(values, None))

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from limbeck.losses.masking import require_finite
-from limbeck.losses.options import require_choice
+from limbeck.losses.options import require_choice, require_mask
 
 SCALES = ("std", "none")
 NORMALISERS = ("token", "sequence", "constant")
@@ -83,7 +83,11 @@ def weighted_sum(values: Float[Tensor, "batch time"], weights: Float[Tensor, "ba
 
 
 def masked(values: Float[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:
-    """The values in float32 or wider, 0 outside the mask: what padding holds reaches neither value nor gradient."""
+    """The values in float32 or wider, 0 outside the mask: what padding holds reaches neither value nor gradient.
+
+    Raises ValueError for a mask of another shape.
+    """
+    require_mask(mask, values)
     return values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~mask, 0)
 
 

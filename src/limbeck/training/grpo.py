@@ -37,7 +37,7 @@ def fit(
     from there, to the bit. AdamW at a constant rate, betas (0.9, 0.999), no weight decay, clipped gradients.
     """
     settings = run.settings
-    optimiser = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
     saved = (state and resume.load(state, parameters, optimiser)) or {"step": 0, "curve": {}}
     curve: Curve = saved["curve"]
     window: list[Metrics] = []
