@@ -10,8 +10,8 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
 PROFILE = $(shell sed -nE 's/^profile: *([a-z]+).*/\1/p' params.yaml)
-RECORDS = $(shell ls -d results/{$(PROFILE),full}/*/*/ 2>/dev/null | grep -vE '/(executed|provenance)/' | sed 's|/$$||')
-STAGES = $(shell printf '%s\n' $(RECORDS) | \
+EXHIBITS = $(shell ls results/{$(PROFILE),full}/*/*.json 2>/dev/null | sed 's|\.json$$||')
+STAGES = $(shell printf '%s\n' $(EXHIBITS) | \
 	sed -E 's|results/full/([^/]+)/|pipelines/full/dvc.yaml:\1-|; s|results/[^/]+/([^/]+)/|\1-|')
 
 .DEFAULT_GOAL := help
@@ -41,7 +41,7 @@ smoke: $(READY)  ## the whole chain with the smoke profile, in a temporary copy 
 	python tests/tree.py smoke
 
 figures: $(READY)  ## draw the exhibits again from the committed records; nothing is retrained
-	printf '%s\n' $(RECORDS) | sed -E 's|results/([^/]+)/([^/]+)/([^/]+)|notebooks/\2/\3.ipynb profile=\1|' | \
+	printf '%s\n' $(EXHIBITS) | sed -E 's|results/([^/]+)/([^/]+)/([^/]+)|notebooks/\2/\3.ipynb profile=\1|' | \
 		xargs -P 2 -L 1 python -m limbeck.notebooks
 	dvc commit --quiet --force $(STAGES)
 	python -m limbeck.readme
@@ -52,9 +52,10 @@ full: $(READY)  ## the long experiments (an hour on two cores; stop and continue
 	dvc repro --allow-missing pipelines/full/dvc.yaml
 	python -m limbeck.readme
 
-bench: $(READY)  ## time the losses against their alternatives, in one process
+bench: $(READY)  ## time the losses and the loop against their alternatives, each in one process
 	python -m limbeck.assets
 	python -m limbeck.notebooks notebooks/sinkd/table_cost.ipynb
+	python -m limbeck.notebooks notebooks/kdrl/table_efficiency.ipynb
 	python -m limbeck.readme
 
 lab: $(READY)  ## JupyterLab on localhost

@@ -164,3 +164,14 @@ def _text(row: dict[str, Any]) -> str:
     if row["low"] is None:
         return f"{row['mean']:.4g}"
     return f"{row['mean']:.4g} [{row['low']:.4g}, {row['high']:.4g}]"
+
+
+def curves(frame: pd.DataFrame, metric: str, *, over: str) -> dict[str, list[tuple[float, Estimate]]]:
+    """A metric window by window: arm -> points (mean over seeds of `over`, estimate over seeds), in the windows' order.
+
+    `frame` is that of `records.curves`. Windows in which an arm was not measured have no point.
+    """
+    found: dict[str, list[tuple[float, Estimate]]] = {}
+    for (arm, _), part in frame.dropna(subset=[metric]).groupby(["arm", "window"], sort=False):
+        found.setdefault(arm, []).append((float(part[over].mean()), mean_interval(part[metric].tolist())))
+    return found

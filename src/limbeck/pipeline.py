@@ -1,11 +1,12 @@
 """The DVC pipelines, generated: `python -m limbeck.pipeline` writes dvc.yaml and pipelines/full/dvc.yaml.
 
-A stage a train notebook and experiment, and a stage an exhibit. Code dependencies are the import closure. Of a notebook
-only the source of its code cells counts (DVC reads them as parameters), so that saving it in Jupyter makes nothing
+A stage a train notebook and experiment, and a stage an exhibit, which may read another's records. Code dependencies are
+the import closure; an experiment that imports another reads the files that it leaves. Of a notebook only the source of its code cells counts (DVC reads them as parameters), so that saving it in Jupyter makes nothing
 stale. Of params files only the sections a stage reads count.
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from limbeck import assets, closure, paths, records
 
 _HEADER = "# Generated from the notebooks, their imports and params/ by `make pipeline`; a test holds it to them.\n"
+_READS = re.compile(r'records\.read\("\w+", "(\w+)", profile\)')
 _SHARED = ["device", "precision", "seeds", "threads"]
 
 
@@ -27,6 +29,18 @@ def experiments(paper: str, profile: str) -> list[str]:
 def papers() -> list[str]:
     """The papers, by their train notebooks."""
     return sorted(path.parent.name for path in paths.NOTEBOOKS.glob("*/train.ipynb"))
+
+
+def exhibits(paper: str, experiment: str) -> list[Path]:
+    """The exhibit notebooks that read an experiment's records."""
+    own = (path for path in sorted((paths.NOTEBOOKS / paper).glob("*.ipynb")) if path.stem != "train")
+    return [path for path in own if source(path) == experiment]
+
+
+def source(notebook: Path) -> str:
+    """The experiment whose records an exhibit reads: the one that it names, else that of its own stem."""
+    named = _READS.search("\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells))
+    return named[1] if named else notebook.stem
 
 
 def code(notebook: Path, experiment: str | None = None) -> list[str]:
@@ -46,7 +60,7 @@ def inputs(notebook: Path, parameters: dict[str, Any]) -> list[str]:
     if experiment:
         read = ["params.yaml", f"params/{paper}.yaml"]
     else:
-        folder = paths.RESULTS / parameters["profile"] / paper / notebook.stem
+        folder = paths.RESULTS / parameters["profile"] / paper / source(notebook)
         read = [f"data/claims/{paper}.yaml", *map(_relative, folder.glob("*.json"))]
     return sorted([_relative(notebook), *code(notebook, experiment), *read])
 
@@ -63,17 +77,22 @@ def stages(profile: str) -> dict[str, Any]:
     for paper in papers():
         for experiment in experiments(paper, of):
             found[f"{paper}-{experiment}-train"] = _train(paper, experiment, profile, of)
-            found[f"{paper}-{experiment}"] = _exhibit(paper, experiment, profile)
+            for notebook in exhibits(paper, experiment):
+                found[f"{paper}-{notebook.stem}"] = _exhibit(notebook, profile)
     return found
 
 
 def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]:
     notebook = paths.NOTEBOOKS / paper / "train.ipynb"
     section = yaml.safe_load((paths.PARAMS / f"{paper}.yaml").read_text())[experiment][of]
+    files = code(notebook, experiment)
     needed = [f"data/raw/{asset}" for asset in assets.named(_words(section))]
+    for other in set(experiments(paper, of)) - {experiment}:
+        if f"src/limbeck/experiments/{paper}/{other}.py" in files:
+            needed.append(f"data/checkpoints/{profile}/{paper}/{other}")
     return {
         "cmd": f"python -m limbeck.notebooks {_relative(notebook)} experiment={experiment} profile={profile}",
-        "deps": sorted([*code(notebook, experiment), *needed]),
+        "deps": sorted([*files, *needed]),
         "params": [
             {"params.yaml": list(_SHARED)},
             {f"params/{paper}.yaml": [f"{experiment}.{profile}"]},
@@ -95,8 +114,8 @@ def _words(section: Any) -> set[str]:
     return {section} if isinstance(section, str) else set()
 
 
-def _exhibit(paper: str, exhibit: str, profile: str) -> dict[str, Any]:
-    notebook = paths.NOTEBOOKS / paper / f"{exhibit}.ipynb"
+def _exhibit(notebook: Path, profile: str) -> dict[str, Any]:
+    paper, exhibit = notebook.parent.name, notebook.stem
     outs = [
         f"results/{profile}/{paper}/{exhibit}.json",
         f"results/{profile}/{paper}/{exhibit}.svg",
@@ -104,7 +123,7 @@ def _exhibit(paper: str, exhibit: str, profile: str) -> dict[str, Any]:
     ]
     return {
         "cmd": f"python -m limbeck.notebooks {_relative(notebook)} profile={profile}",
-        "deps": sorted([*code(notebook), f"data/claims/{paper}.yaml", f"results/{profile}/{paper}/{exhibit}"]),
+        "deps": sorted([*code(notebook), f"data/claims/{paper}.yaml", f"results/{profile}/{paper}/{source(notebook)}"]),
         "params": [{_relative(notebook): _sources(notebook)}],
         "outs": [{out: {"cache": False}} for out in outs],
     }

@@ -103,6 +103,24 @@ def frame(runs: Sequence[Mapping[str, Any]], replicate: str = "seed") -> pd.Data
     return pd.DataFrame(rows, columns=list(dict.fromkeys([*coordinates, replicate, *metrics])))
 
 
+def curves(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The curves of runs of a loop, one row a window: coordinates, `window`, `step` and `tokens` at its end, and means.
+
+    Only what was measured in every window has a column. Runs without a curve have no row.
+    """
+    rows = []
+    for run in (run for run in runs if run["curve"]):
+        windows, tokens = len(run["curve"]["rollout/tokens"]), 0.0
+        whole = {name: values for name, values in run["curve"].items() if len(values) == windows}
+        for window in range(windows):
+            start = window * run["params"]["save_every"]
+            step = min(start + run["params"]["save_every"], run["params"]["steps"])
+            tokens += whole["rollout/tokens"][window] * (step - start)
+            means = {name: values[window] for name, values in whole.items()}
+            rows.append({**run["cell"], "window": window, "step": step, "tokens": tokens, **means})
+    return pd.DataFrame(rows)
+
+
 def write_exhibit(
     paper: str, exhibit: str, profile: str, *, claims: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]
 ) -> Path:

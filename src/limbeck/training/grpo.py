@@ -20,7 +20,8 @@ from limbeck.training.rollouts import Metrics, Problem, Rollout, micro_batches
 Terms = dict[str, Tensor]
 Curve = dict[str, list[float]]
 Objective = Callable[[int, Rollout], tuple[Callable[[Scores], Terms], Metrics]]
-"""At a step, for its rollout: the terms of some rows, whose sums over all rows are minimised, and numbers to log."""
+"""At a step, for its rollout: the terms of some rows, and numbers to log. The sum of all terms over all rows is
+minimised; a term without gradient is only measured."""
 
 
 def fit(
@@ -30,11 +31,13 @@ def fit(
     objective: Objective,
     *,
     state: Path | None,
+    measure: Callable[[], Metrics] | None = None,
 ) -> Generator[Metrics, None, Curve]:
     """Train on the problems of each step, one rollout a `next`; returns the curve, a mean a window of `save_every`.
 
-    After each window the run is saved to `state`, if there is one, and a later call with the same arguments goes on
-    from there, to the bit. AdamW at a constant rate, betas (0.9, 0.999), no weight decay, clipped gradients.
+    The curve also holds what `measure` says at the end of each window. There the run is saved to `state`, if there is
+    one, and a later call with the same arguments goes on from it, to the bit. AdamW at a constant rate, betas (0.9,
+    0.999), no weight decay, clipped gradients.
     """
     settings = run.settings
     optimiser = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
@@ -54,6 +57,8 @@ def fit(
             for name in dict.fromkeys(name for entry in window for name in entry):
                 values = [entry[name] for entry in window if name in entry]
                 curve.setdefault(name, []).append(sum(values) / len(values))
+            for name, value in (measure() if measure else {}).items():
+                curve.setdefault(name, []).append(value)
             window = []
             if state:
                 resume.save(state, parameters, optimiser, {"step": step + 1, "curve": curve})
@@ -82,7 +87,7 @@ def _update(
                 gradient = torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True)
                 kept = apart.setdefault(name, [torch.zeros_like(weight) for weight in weights])
                 torch._foreach_add_(kept, list(gradient))
-        torch.stack(list(found.values())).sum().backward()
+        torch.stack([value for value in found.values() if value.requires_grad]).sum().backward()
     processes.add_up([*totals.values(), *(part for parts in apart.values() for part in parts)])
     processes.add_up(weight.grad for weight in weights if weight.grad is not None)
     norm = nn.utils.clip_grad_norm_(weights, run.settings.clip_norm, error_if_nonfinite=True)
