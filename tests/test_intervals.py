@@ -225,3 +225,23 @@ def test_the_shown_table_keeps_the_order_of_groups_and_metrics_and_marks_gaps(by
     assert table["eval/y"].iloc[0] == "1"
     assert table["eval/y"].iloc[1].startswith("3 [-")
     assert list(table.index.get_level_values("arm")) == ["b", "a"]
+
+
+def test_a_curve_has_the_mean_over_seeds_of_both_axes_window_by_window():
+    rows = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "window": window,
+            "tokens": 10.0 * (window + 1) + seed,
+            "score": window + seed + shift,
+        }
+        for arm, shift in (("kd", 0.0), ("grpo", 0.5))
+        for seed in (0, 2)
+        for window in (0, 1)
+    ]
+    found = intervals.curves(pd.DataFrame(rows), "score", over="tokens")
+    assert list(found) == ["kd", "grpo"]
+    assert [x for x, _ in found["kd"]] == [11.0, 21.0]
+    assert [y.mean for _, y in found["grpo"]] == [1.5, 2.5]
+    assert found["kd"][0][1] == intervals.mean_interval([0.0, 2.0])

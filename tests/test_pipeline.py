@@ -17,8 +17,10 @@ from limbeck import assets, paths, pipeline
 
 LINES = {"sinkd-fig_toy_divergences", "sinkd-fig_gradient_shift"}
 ENCODERS = {"sinkd-table_encoder", "sinkd-fig_transport_plan", "sinkd-fig_permutation"}
-SINKD, KDRL = LINES | ENCODERS, {"kdrl-fig_kl_gradients"}
-DRAW = SINKD | KDRL
+SINKD = LINES | ENCODERS
+KDRL = {"kdrl-fig_kl_gradients", "kdrl-table_starts", "kdrl-table_main"}
+READERS = {"kdrl-fig_learning_curves", "kdrl-table_out_of_domain"}  # of table_main's records
+DRAW = SINKD | KDRL | READERS
 
 
 def training(names):
@@ -120,7 +122,13 @@ def test_nothing_is_left_to_run_in_what_is_committed(copy):
         ("src/limbeck/limbeck.mplstyle", "font.size: 9", "font.size: 10", DRAW),
         ("src/limbeck/losses/transport.py", "import math", "import math\n", training(SINKD)),
         ("src/limbeck/tasks/multiwoz_acts.py", "import json", "import json\n", training(ENCODERS)),
-        ("params.yaml", "seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 2, 3, 4, 5]", training(DRAW)),
+        ("params.yaml", "seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 2, 3, 4, 5]", training(SINKD | KDRL)),
+        (
+            "src/limbeck/tasks/chain_sum.py",
+            "import reasoning_gym",
+            "import reasoning_gym\n",
+            training(KDRL) - {"kdrl-fig_kl_gradients-train"},
+        ),
         ("data/claims/sinkd.yaml", "id: encoder-kl-over-ce", "id: encoder-kl-before-ce", SINKD),
     ],
 )
@@ -138,6 +146,29 @@ def test_a_changed_section_makes_only_its_experiment_stale(copy):
         return yaml.safe_dump(sections)
 
     assert after(copy, "params/sinkd.yaml", change) == {"sinkd-fig_toy_divergences-train"}
+
+
+@pytest.mark.slow
+def test_a_changed_record_makes_stale_every_exhibit_that_reads_it(copy):
+    (record,) = (copy / "results" / "default" / "kdrl" / "table_main").glob("*arm=kd,seed=0.json")
+    name = record.relative_to(copy).as_posix()
+    assert after(copy, name, lambda text: text + " ") == {"kdrl-table_main", *READERS}
+
+
+def test_an_experiment_that_imports_another_depends_on_what_it_leaves():
+    deps = {name: stage["deps"] for name, stage in pipeline.stages("full").items()}
+    left = "data/checkpoints/full/kdrl/table_starts"
+    assert {name for name, files in deps.items() if left in files} == {
+        f"kdrl-{stem}-train"
+        for stem in (
+            "table_estimators",
+            "fig_reward_shaping",
+            "fig_kd_coefficient",
+            "table_masking",
+            "fig_sample_efficiency",
+            "fig_teacher_distance",
+        )
+    }
 
 
 @pytest.mark.slow

@@ -229,3 +229,17 @@ def test_an_exhibit_with_a_nan_is_refused_and_nothing_is_written(results):
     with pytest.raises(ValueError, match=r"table_encoder\.table\[0\]\.low must be finite, got nan"):
         records.write_exhibit("sinkd", "table_encoder", "default", claims=[], table=[{"low": math.nan}])
     assert list(results.iterdir()) == []
+
+
+def looped(seed, tokens, scores):
+    curve = {"rollout/tokens": tokens, "validation/accuracy": scores, "kd/kept": [1.0]}
+    return record(cell={"arm": "kd", "seed": seed}, params={"save_every": 2, "steps": 5}, curve=curve)
+
+
+def test_curves_have_a_row_a_window_with_steps_and_tokens_at_its_end():
+    frame = records.curves([looped(0, [10.0, 20.0, 30.0], [0.1, 0.2, 0.3]), record(curve={})])
+    assert frame.step.tolist() == [2, 4, 5]
+    assert frame.tokens.tolist() == [20.0, 60.0, 90.0], "mean tokens a step times steps of the window, summed"
+    assert frame["validation/accuracy"].tolist() == [0.1, 0.2, 0.3]
+    assert "kd/kept" not in frame, "not measured in every window"
+    assert set(frame.arm) == {"kd"}

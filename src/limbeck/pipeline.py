@@ -1,8 +1,9 @@
 """The DVC pipelines, generated: `python -m limbeck.pipeline` writes dvc.yaml and pipelines/full/dvc.yaml.
 
 A stage a train notebook and experiment, and a stage an exhibit, which may read another's records. Code dependencies are
-the import closure; an experiment that imports another reads the files that it leaves. Of a notebook only the source of its code cells counts (DVC reads them as parameters), so that saving it in Jupyter makes nothing
-stale. Of params files only the sections a stage reads count.
+the import closure; an experiment that imports another reads the files that it leaves. Of a notebook only the source of
+its code cells counts (DVC reads them as parameters), so that saving it in Jupyter makes nothing stale. Of params files
+only the sections a stage reads count.
 """
 
 import hashlib

@@ -17,28 +17,21 @@ if TYPE_CHECKING:
 _KEYS_A_ROW = 4
 
 
-def curve_panels(
-    found: Mapping[str, Mapping[str, "Curve"]],
-    *,
-    title: str,
-    xlabels: Sequence[str],
-    ylabels: Sequence[str],
-    columns: int = 2,
-) -> Figure:
+def curve_panels(found: Mapping[str, Mapping[str, "Curve"]], *, title: str, columns: int = 2) -> Figure:
     """One panel a name: a line an arm through its means, with its intervals as a band; one key below all.
 
-    `found` is name -> arm -> points (x, estimate of y). A curve of one run has no band. Labels, one a panel, carry the
-    units. Raises ValueError for an arm without a look.
+    `found` is name -> arm -> points (x, estimate of y); names carry what is on both axes, with units. A curve of one
+    run has no band. Raises ValueError for an arm without a look.
     """
     arms = list(dict.fromkeys(arm for curves in found.values() for arm in curves))
     keys = figures.LEADING * ((len(arms) - 1) // _KEYS_A_ROW)
-    margins = {"height": 2.6, "left": 0.65, "bottom": 0.95 + keys, "extra": keys}
+    margins = {"height": 2.3, "left": 0.55, "bottom": 0.75 + keys, "extra": keys}
     figure, axes = figures.panels(len(found), title=title, columns=columns, shared=False, **margins)
     with figures.style():
-        for axis, (name, curves), xlabel, ylabel in zip(axes, found.items(), xlabels, ylabels, strict=True):
+        for axis, (name, curves) in zip(axes, found.items(), strict=True):
             for arm, points in curves.items():
                 _curve(axis, arm, points)
-            axis.set(title=name, xlabel=xlabel, ylabel=ylabel)
+            axis.set_title(name)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=_KEYS_A_ROW)
     return figure
