@@ -1,0 +1,471 @@
+"""The models that KDRL's experiments begin with and a comparison of arms on them, whole, at a size of seconds."""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import cells
+from limbeck import params, paths, records, seeding
+from limbeck.experiments.kdrl import comparison, curves, table_main, table_starts
+from limbeck.experiments.kdrl.chains import Chains
+from limbeck.training import grpo
+
+SEED = 100
+SMALL = {
+    "terms": (2, 2),
+    "longer_terms": (3, 3),
+    "train_sizes": (120, 20, 20),
+    "test_size": 8,
+    "validation_size": 6,
+    "longest": 12,
+    "measured": ("in_domain", "larger"),
+    "names": ("teacher", "base", "student"),
+    "begins": ("nothing", "nothing", "base"),
+    "start_seeds": (0, 1, 2),
+    "mistakes": (0.0, 0.0, 0.2),
+    "terse": (0.0, 0.0, 0.3),
+    "start_steps": (120, 60, 4),
+    "rates": (0.02, 0.02, 0.005),
+    "start_batch": 32,
+}
+SHORT = {"steps": 4, "prompts": 4, "learning_rate": 0.003, "selection_seed": SEED}
+ARMS = ("start", "teacher", "sft", "rejection", "grpo", "kd", "kdrl", "annealed", "kd_then_rl", "response_annealed")
+SHARES = ("accuracy", "ended", "greedy")
+WEIGHED = {"kdrl": "kdrl", "annealed": "kdrl", "response_annealed": "response"}  # and whose choice an arm takes
+
+
+@pytest.fixture(scope="module")
+def starts():
+    committed = params.load("kdrl", "table_starts", "smoke", table_starts.Params)
+    return dataclasses.replace(committed, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def section():
+    committed = params.load("kdrl", "table_main", "smoke", table_main.Params)
+    return dataclasses.replace(committed, arms=ARMS, **SMALL, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def begun(starts, tmp_path_factory):
+    """The records of the models, and the folder of their weights."""
+    folder = tmp_path_factory.mktemp("kdrl") / "table_starts"
+    return cells.run_all(table_starts, starts, folder), folder
+
+
+@pytest.fixture(scope="module")
+def ran(section, begun):
+    """The records of the whole comparison at the selection's own seed, and its folder."""
+    folder = begun[1].parent / "table_main"
+    return cells.run_all(table_main, section, folder, (SEED,)), folder
+
+
+def cell_at(section, seed=SEED, **coordinates):
+    found = table_main.cells(section, (seed,))
+    (cell,) = [cell for cell in found if coordinates.items() <= cell.coordinates.items()]
+    return cell
+
+
+def final(section, arm, seed=SEED):
+    return cell_at(section, seed, phase="final", arm=arm)
+
+
+def test_the_whole_comparison_runs_and_every_arm_has_its_own_steps(section, ran):
+    found, _ = ran
+    assert len(found) == 2 * len(section.kd_coefs) + len(ARMS)
+    for run in found:
+        trained = run["cell"]["arm"] not in ("start", "teacher")
+        shares = {name: value for name, value in run["metrics"].items() if name.endswith(SHARES)}
+        assert all(0 <= value <= 1 for value in shares.values())
+        assert ("test/accuracy" in shares and "larger/greedy" in shares) == (run["cell"]["phase"] == "final")
+        assert ("validation/accuracy" in shares) == trained == bool(run["curve"])
+        for name in ("validation/accuracy", "rollout/reward", "policy/entropy") if trained else ():
+            assert len(run["curve"][name]) == section.steps
+    taken = {arm: cells.pick(found, phase="final", arm=arm)["curve"] for arm in ARMS[2:] if arm != "kd_then_rl"}
+    assert len(set(map(json.dumps, taken.values()))) == len(taken), "two arms took the same steps"
+    rewards = [reward for run in found if run["curve"] for reward in run["curve"]["rollout/reward"]]
+    assert any(0 < reward < 1 for reward in rewards), "a comparison without rewards tests little"
+
+
+def test_a_final_cell_at_the_selections_seed_takes_the_steps_of_the_best_cell(section, ran):
+    found, _ = ran
+    tried = [run for run in found if run["cell"]["phase"] == "selection"]
+    assert {run["cell"]["arm"] for run in tried} == set(WEIGHED.values())
+    for arm, chooser in WEIGHED.items():
+        grid = {run["cell"]["kd_coef"]: run for run in tried if run["cell"]["arm"] == chooser}
+        assert set(grid) == set(section.kd_coefs)
+        best = max(sorted(grid), key=lambda coef: grid[coef]["metrics"]["validation/accuracy"])
+        last = cells.pick(found, phase="final", arm=arm)
+        assert last["metrics"]["kd/coefficient"] == best
+        assert (last["curve"] == grid[best]["curve"]) == (arm == chooser)
+        assert last["curve"]["kd/coefficient"][0] == pytest.approx(best * (1.0 if arm == chooser else 2.5))
+
+
+@pytest.mark.parametrize("best", [0, 1])
+@pytest.mark.parametrize("arm", WEIGHED)
+def test_an_arm_takes_the_weight_that_was_best_on_the_validation_split(section, ran, arm, best):
+    found, folder = ran
+    altered = []
+    for run in (run for run in found if run["cell"]["phase"] == "selection"):
+        other = run["cell"]["arm"] != WEIGHED[arm]
+        score = 0.75 if (run["cell"]["kd_coef"] == section.kd_coefs[best]) != other else 0.25
+        altered.append(run | {"metrics": run["metrics"] | {"validation/accuracy": score}})
+    chosen = comparison._coefficient(final(section, arm).coordinates, section, cells.place(folder, "x", altered))
+    assert chosen == section.kd_coefs[best]
+
+
+def test_of_equals_the_smallest_weight_is_taken_and_each_pair_chooses_for_itself(section):
+    scores = {("near", 0.3): 0.5, ("near", 0.1): 0.75, ("near", 1.0): 0.75, ("far", 1.0): 1.0, ("far", 0.1): 0.0}
+    found = [
+        {
+            "cell": {"phase": "selection", "student": "s", "teacher": teacher, "arm": "k3", "kd_coef": coef, "seed": 9},
+            "metrics": {"validation/accuracy": score},
+        }
+        for (teacher, coef), score in scores.items()
+    ]
+    where, at = cells.place(Path(), "x", found), {"phase": "final", "student": "s", "arm": "k3", "seed": 0}
+    assert comparison._coefficient(at | {"teacher": "near"}, section, where) == 0.1
+    assert comparison._coefficient(at | {"teacher": "far"}, section, where) == 1.0
+    assert comparison._coefficient(at | {"teacher": "far", "kd_coef": 0.3}, section, where) == 0.3
+    alone = dataclasses.replace(section, kd_coefs=(0.02,))
+    assert comparison._coefficient(at | {"teacher": "far"}, alone, cells.place(Path(), "x")) == 0.02
+
+
+def as_if(found, seed):
+    """The records, those of final cells as if they were of another seed."""
+    final_at = {"phase": "final"}.items()
+    return [run | {"cell": run["cell"] | {"seed": seed}} if final_at <= run["cell"].items() else run for run in found]
+
+
+class HandedError(Exception):
+    """Raised with what a cell hands to the loop."""
+
+
+@pytest.fixture
+def handed(section, ran, monkeypatch):
+    """A function of arm and seed: the run, the problems and the measurement that the loop gets."""
+    found, folder = ran
+
+    def fit(run, _, problems, *__, measure, **___):
+        raise HandedError(run, problems, measure)
+
+    def of(arm, seed=SEED):
+        with monkeypatch.context() as patched, pytest.raises(HandedError) as caught:
+            patched.setattr(grpo, "fit", fit)
+            cells.drive(table_main, section, final(section, arm, seed), cells.place(folder, "x", as_if(found, seed)))
+        return caught.value.args
+
+    return of
+
+
+def test_all_arms_of_a_seed_meet_the_same_prompts_from_the_same_start_and_another_seed_has_others(
+    section, ran, starts, begun, handed
+):
+    data, seen = Chains(section), []
+    start, teacher = (table_starts.model_of(starts, data, begun[1], name) for name in ("student", "teacher"))
+    for arm in ARMS[2:]:
+        run, problems, _ = handed(arm)
+        seen.append(problems)
+        same = [torch.equal(x, y) for x, y in zip(run.policy.parameters(), start.parameters(), strict=True)]
+        assert all(same), arm
+        assert (run.sampler.model is run.policy) == (arm not in ("sft", "rejection"))
+        assert (run.teacher is None) == (arm in ("sft", "rejection", "grpo"))
+        scorer = run.sampler.model if run.teacher is None else run.teacher
+        if arm != "grpo":
+            for weight, expected in zip(scorer.parameters(), teacher.parameters(), strict=True):
+                assert torch.equal(weight, expected)
+        assert run.settings.seed == SEED
+    assert all(problems == seen[0] for problems in seen)
+    flat = [problem.name for step in seen[0] for problem in step]
+    assert [len(step) for step in seen[0]] == [section.prompts] * section.steps
+    assert len(set(flat)) == len(flat)
+    assert set(flat) <= {example.expression for example in data.train["in_domain"]}
+    run, other, _ = handed("kdrl", SEED + 1)
+    assert run.settings.seed == SEED + 1
+    assert not set(flat) >= {problem.name for step in other for problem in step}
+
+
+def test_a_run_is_watched_on_the_validation_split(section, handed, monkeypatch):
+    run, _, measure = handed("kdrl")
+
+    def measured(_, model, examples, *, samples, **__):
+        assert model is run.policy
+        assert [example.expression for example in examples] == [x.expression for x in Chains(section).validation]
+        assert samples == section.validation_samples
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(Chains, "measure", measured)
+    assert measure() == {"validation/accuracy": 0.5}
+
+
+def test_prompts_go_through_all_chains_before_one_comes_again(section):
+    data = Chains(section)
+    long = dataclasses.replace(section, steps=75, prompts=4)
+    flat = [problem.name for step in comparison._problems(data, long, 0) for problem in step]
+    epochs = [flat[:120], flat[120:240]]
+    assert all(len(set(epoch)) == 120 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_before_the_first_step_all_arms_have_the_same_completions_and_sft_has_the_teachers(ran):
+    found, _ = ran
+    firsts = {}
+    for run in (run for run in found if run["curve"]):
+        texts = {name: run["curve"][name][0] for name in run["curve"] if name.startswith("rollout/")}
+        firsts.setdefault(json.dumps(texts), set()).add(run["cell"]["arm"])
+    assert sorted(map(sorted, firsts.values())) == [sorted({*ARMS[4:], "response"}), ["rejection", "sft"]]
+
+
+def test_kd_then_rl_takes_kds_steps_up_to_its_switch_and_then_learns_from_rewards(section, ran):
+    """The scores of kd, as if its third window of four were the first without a rise."""
+    found, folder = ran
+    kd = cells.pick(found, arm="kd")
+    scores = [0.125, 0.25, 0.25, 0.5]
+    altered = kd | {"curve": kd["curve"] | {"validation/accuracy": scores}}
+    result = cells.drive(table_main, section, final(section, "kd_then_rl"), cells.place(folder, "kd", [altered]))
+    assert result.metrics["kd/switch"] == 3.0
+    assert result.curve["loss/kd"] == kd["curve"]["loss/kd"][:3]
+    assert len(result.curve["loss/policy"]) == 1
+    assert result.curve["rollout/length"] == kd["curve"]["rollout/length"]
+    assert result.curve["optimiser/gradient_norm"][:3] == kd["curve"]["optimiser/gradient_norm"][:3]
+    assert result.curve["optimiser/gradient_norm"][3] != kd["curve"]["optimiser/gradient_norm"][3]
+
+
+def test_the_switch_is_read_off_kd_of_the_same_seed_student_and_teacher(section):
+    """Windows of 10 steps; the third does not rise."""
+    at = {"phase": "final", "student": "s", "teacher": "t", "arm": "kd_then_rl", "seed": 3}
+    others = ({"seed": 4}, {"teacher": "u"}, {"student": "v"}, {"arm": "kdrl"}, {})
+    scores = [[0.9, 0.1, 0.1, 0.1, 0.1] if change else [0.1, 0.3, 0.2, 0.4, 0.5] for change in others]
+    found = [
+        {"cell": at | {"arm": "kd"} | change, "curve": {"validation/accuracy": said}}
+        for change, said in zip(others, scores, strict=True)
+    ]
+    long = dataclasses.replace(section, steps=45, save_every=10)
+    assert comparison._switch(at, long, cells.place(Path(), "x", found)) == 30
+    found[-1]["curve"]["validation/accuracy"] = [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert comparison._switch(at, long, cells.place(Path(), "x", found)) == 45
+
+
+def test_a_trained_cells_summary_is_that_of_its_curve(section, ran):
+    for run in (run for run in ran[0] if run["curve"]):
+        expected = curves.summary(run["curve"], steps=section.steps, window=section.save_every, target=section.target)
+        assert expected.items() <= run["metrics"].items()
+        assert run["metrics"]["train/tokens"] == pytest.approx(sum(run["curve"]["rollout/tokens"]))
+
+
+@pytest.mark.parametrize("arm", ["kdrl", "rejection", "kd_then_rl"])
+def test_a_cell_run_twice_is_the_same_to_the_bit_and_another_seed_is_not(section, ran, arm, global_generators):
+    found, folder = ran
+    torch.rand(11)
+    before = global_generators()
+    again = cells.drive(table_main, section, final(section, arm), cells.place(folder, f"twice {arm}", found))
+    assert global_generators() == before
+    run = cells.pick(found, phase="final", arm=arm)
+    assert vars(again).items() <= run.items()
+    other, where = final(section, arm, SEED + 1), cells.place(folder, f"other {arm}", as_if(found, SEED + 1))
+    changed = cells.drive(table_main, section, other, where)
+    assert changed.curve["rollout/length"] != again.curve["rollout/length"]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_an_interrupted_cell_goes_on_to_the_same_bits(section, ran, stop):
+    """A window ends at each step, and is saved before the next."""
+    found, folder = ran
+    where, cell = cells.place(folder, f"cut {stop}", found), final(section, "kdrl")
+    assert cells.drive(table_main, section, cell, where, kill_at=stop) is None
+    assert where.state.is_file() == (stop > 1)
+    torch.rand(7)
+    assert next(table_main.run(cell, section, where))["step"] == stop
+    resumed = cells.drive(table_main, section, cell, where)
+    assert vars(resumed).items() <= cells.pick(found, phase="final", arm="kdrl").items()
+
+
+@pytest.mark.parametrize(("arm", "name"), [("start", "student"), ("teacher", "teacher")])
+def test_start_and_teacher_are_the_models_as_they_were_left(section, ran, begun, arm, name):
+    run, data = cells.pick(ran[0], phase="final", arm=arm), Chains(section)
+    model = table_starts.model_of(section, data, begun[1], name)
+    assert run["metrics"] == data.test_scores(model, seed=SEED, dtype=torch.float32)
+    assert cells.pick(begun[0], arm=name)["metrics"]["test/greedy"] == run["metrics"]["test/greedy"]
+
+
+def test_the_choice_comes_first_and_kd_then_rl_last_and_a_sweep_runs_every_weight_to_the_end(section):
+    found = table_main.cells(section, (0, 1))
+    turns = [(cell.coordinates["phase"], cell.coordinates["arm"] == "kd_then_rl", cell.turn) for cell in found]
+    assert set(turns) == {("selection", False, 0), ("final", False, 1), ("final", True, 2)}
+    assert [turn for *_, turn in turns] == sorted(turn for *_, turn in turns)
+    swept = table_main.cells(dataclasses.replace(section, sweep=True), (0, 1))
+    assert {cell.coordinates["phase"] for cell in swept} == {"final"}
+    for arm in ARMS:
+        coefs = [cell.coordinates.get("kd_coef") for cell in swept if cell.coordinates["arm"] == arm]
+        assert sorted(coefs, key=str) == sorted(2 * (section.kd_coefs if arm in WEIGHED else (None,)), key=str)
+    alone = table_main.cells(dataclasses.replace(section, kd_coefs=(0.1,)), (0,))
+    assert len(alone) == len(ARMS)
+
+
+def test_another_seed_arm_or_teacher_changes_no_cell_and_a_grid_or_a_step_all(section):
+    def named(**change):
+        seeds = change.pop("seeds", (0,))
+        found = table_main.cells(dataclasses.replace(section, **change), seeds)
+        by_name = {records.cell_name(cell.coordinates): cell for cell in found}
+        assert len(by_name) == len(found), "two cells have one record"
+        return by_name
+
+    one = named()
+    for change in ({"seeds": (0, 1)}, {"arms": (*ARMS, "pre")}, {"teachers": ("teacher", "base")}):
+        more = named(**change)
+        assert len(more) > len(one)
+        assert one.items() <= more.items()
+    for change in ({"steps": 5}, {"kd_coefs": (0.1, 1.0, 3.0)}, {"rates": (0.1, 0.1, 0.1)}):
+        other = named(**change)
+        assert not [name for name in one if one[name] == other[name]]
+
+
+def committed():
+    """Every section of params/kdrl.yaml that compares arms."""
+    sections = yaml.safe_load((paths.PARAMS / "kdrl.yaml").read_text())
+    return [(name, profile) for name, part in sections.items() for profile in part if "arms" in part[profile]]
+
+
+@pytest.mark.parametrize(("name", "profile"), [x for x in committed() if not x[0].startswith("fig_kl_gradients")])
+def test_every_committed_comparison_has_cells_that_come_after_all_that_they_read(name, profile):
+    loaded = params.load("kdrl", name, profile, comparison.Params)
+    turns = {tuple(cell.coordinates.values()): cell.turn for cell in comparison.cells(loaded, (0, 1))}
+    selected = {key[:4] for key in turns if key[0] == "selection"}
+    for phase, *pair, arm, seed in (key for key in turns if len(key) == 5):
+        if arm in WEIGHED and len(loaded.kd_coefs) > 1 and not loaded.sweep:
+            assert ("selection", *pair, WEIGHED[arm]) in selected
+        assert arm != "kd_then_rl" or turns[phase, *pair, "kd", seed] < turns[phase, *pair, arm, seed]
+    assert all((turn == 0) == (key[0] == "selection") for key, turn in turns.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": ("grpo", "kd_then_rl")}, r"received arms \('grpo', 'kd_then_rl'\), expected kd among them"),
+        ({"arms": ("grpo", "dpo")}, "received arm 'dpo', expected one of sft, rejection, grpo"),
+        ({"students": ("pupil",)}, "model must be one of teacher, base, student; got 'pupil'"),
+        ({"teachers": ("student", "nothing")}, "model must be one of teacher, base, student; got 'nothing'"),
+        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"prompts": 0}, "prompts must be above 0, got 0"),
+        ({"validation_samples": 0}, "validation_samples must be above 0, got 0"),
+        (
+            {"begins": ("nothing", "nothing", "pupil")},
+            "begins of student must be one of nothing, teacher",
+        ),
+        ({"begins": ("base", "nothing", "base")}, "begins of teacher must be one of nothing; got 'base'"),
+        (
+            {"rates": (0.1, 0.1)},
+            r"received rates \(0.1, 0.1\), expected one for each of \('teacher', 'base'",
+        ),
+        ({"terse": ()}, r"received terse \(\), expected one for each of"),
+    ],
+)
+def test_a_section_that_cannot_be_run_is_refused(section, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(section, **change)
+
+
+def test_the_weights_that_a_model_leaves_have_the_scores_of_its_record(starts, begun):
+    found, folder = begun
+    assert {file.name for file in folder.glob("*.safetensors")} == {f"{name}.safetensors" for name in starts.names}
+    data = Chains(starts)
+    for run in found:
+        model = table_starts.model_of(starts, data, folder, run["cell"]["arm"])
+        assert data.test_scores(model, seed=0, dtype=torch.float32) == run["metrics"]
+        assert sum(parameter.numel() for parameter in model.parameters()) == run["trainable_parameters"]
+        assert run["curve"]["loss/ce"][-1] < run["curve"]["loss/ce"][0] or run["cell"]["arm"] == "student"
+
+
+def test_weights_that_are_not_there_are_asked_for(section, starts, tmp_path):
+    with pytest.raises(ValueError, match=r"expected the weights of base in .*, found none; run table_starts first"):
+        table_starts.model_of(starts, Chains(starts), tmp_path, "base")
+    with pytest.raises(ValueError, match=r"expected the weights of student in .*, found none; run table_starts first"):
+        cells.drive(table_main, section, final(section, "grpo"), cells.place(tmp_path / "table_main", "x"))
+
+
+def first_loss(section, data, model, at):
+    """The mean over tokens of a first batch, row by row."""
+    prompts, solutions = table_starts.worked(section, data, at)
+    lengths = torch.tensor([len(x) + len(y) for x, y in zip(prompts, solutions, strict=True)])
+    options = {"size": section.start_batch, "steps": 1, "seed": section.start_seeds[at]}
+    (rows,), said = table_starts._batches(lengths, **options), []
+    for row in rows.tolist():
+        logprobs = model(torch.tensor([[*prompts[row], *solutions[row]]])).logits[0].log_softmax(-1)
+        said += [logprobs[len(prompts[row]) - 1 + t, token] for t, token in enumerate(solutions[row])]
+    return -torch.stack(said).mean().item()
+
+
+def test_a_model_goes_on_from_the_one_that_it_begins_with(starts, begun):
+    found, folder = begun
+    data = Chains(starts)
+    for at, begin in enumerate(starts.begins):
+        with torch.no_grad():
+            if begin == "nothing":
+                model = table_starts._drawn(starts, data, starts.start_seeds[at])
+            else:
+                model = table_starts.model_of(starts, data, folder, begin)
+            expected = first_loss(starts, data, model, at)
+        assert found[at]["curve"]["loss/ce"][0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_interrupted_model_goes_on_to_the_same_bits(starts, begun, tmp_path):
+    found, folder = begun
+    (tmp_path / "base.safetensors").write_bytes((folder / "base.safetensors").read_bytes())
+    cell, where = table_starts.cells(starts, ())[2], cells.place(tmp_path, "cut")
+    assert cells.drive(table_starts, starts, cell, where, kill_at=3) is None
+    assert not (tmp_path / "student.safetensors").exists()
+    torch.rand(7)
+    assert vars(cells.drive(table_starts, starts, cell, where)).items() <= found[2].items()
+    assert (tmp_path / "student.safetensors").read_bytes() == (folder / "student.safetensors").read_bytes()
+
+
+def test_matrices_are_scaled_and_norms_are_not(starts):
+    data = Chains(starts)
+    one, four = (table_starts._drawn(dataclasses.replace(starts, scale=scale), data, 0) for scale in (1.0, 4.0))
+    for (name, small), large in zip(one.named_parameters(), four.parameters(), strict=True):
+        torch.testing.assert_close(large, (4 if small.ndim > 1 else 1) * small, msg=name)
+
+
+def test_a_model_comes_in_the_turn_after_the_one_that_it_begins_with(starts):
+    changes = {"begins": ("nothing", "teacher", "base")}
+    for section, turns in ((starts, [0, 0, 1]), (dataclasses.replace(starts, **changes), [0, 1, 2])):
+        found = table_starts.cells(section, (5, 6))
+        assert [cell.turn for cell in found] == turns
+        assert [cell.leaves for cell in found] == [(f"{name}.safetensors",) for name in section.names]
+        assert {cell.coordinates["seed"] for cell in found} == {0}
+
+
+def test_models_learn_from_the_training_chains_of_all_families_each_in_its_own_style(starts):
+    data = Chains(starts)
+    examples = [example for part in data.train.values() for example in part]
+    shares = []
+    for at in range(3):
+        prompts, solutions = table_starts.worked(starts, data, at)
+        assert prompts == [data.problem(example).prompt for example in examples]
+        shares.append(statistics.fmean(map(data.score, examples, solutions)))
+        assert all(solution.count(data.end) == 1 and solution[-1] == data.end for solution in solutions)
+    assert shares[:2] == [1.0, 1.0]
+    assert 0.5 < shares[2] < 0.95
+    assert table_starts.worked(starts, data, 0) == table_starts.worked(starts, data, 1)
+
+
+def test_batches_go_through_all_rows_before_one_comes_again_and_hold_rows_of_like_length(global_generators):
+    lengths = torch.randint(5, 60, (320,), generator=seeding.generator(0, "lengths"))
+    before = global_generators()
+    found = table_starts._batches(lengths, size=8, steps=100, seed=1)
+    assert global_generators() == before
+    assert len(found) == 100
+    for epoch in (found[:40], found[40:80]):
+        assert sorted(torch.cat(epoch).tolist()) == list(range(320))
+    spans = [(lengths[rows].max() - lengths[rows].min()).item() for rows in found]
+    assert statistics.fmean(spans) < 55 / 8
+    again, other = (table_starts._batches(lengths, size=8, steps=100, seed=seed) for seed in (1, 2))
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(found, other, strict=True))
+    means = [lengths[rows].double().mean().item() for rows in found[:40]]
+    assert means != sorted(means)

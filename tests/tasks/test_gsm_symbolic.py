@@ -1,0 +1,128 @@
+import random
+import re
+
+import pytest
+import torch
+
+from limbeck.tasks import gsm_symbolic
+
+
+@pytest.fixture(scope="module")
+def found():
+    return gsm_symbolic.examples(400, seed=3)
+
+
+def entry(gold):
+    return gsm_symbolic.Example({"question": "?", "answer": gold, "metadata": {}})
+
+
+def test_examples_are_distinct_questions_with_a_number_as_their_answer(found):
+    assert len({example.question for example in found}) == 400
+    assert all(re.fullmatch(r"\d+(\.\d+)?", example.gold) for example in found)
+    assert all("final answer" in example.question for example in found)
+
+
+def test_a_longer_list_begins_with_the_shorter_and_what_is_left_out_never_comes(found):
+    assert gsm_symbolic.examples(50, seed=3) == found[:50]
+    left_out = {example.question for example in found[:100]}
+    assert gsm_symbolic.examples(50, seed=3, without=left_out) == found[100:150]
+
+
+def test_draws_repeat_whatever_the_global_generators_hold(found, global_generators):
+    before = global_generators()
+    assert gsm_symbolic.examples(50, seed=3) == found[:50]
+    assert global_generators() == before
+    torch.rand(3)
+    random.random()
+    assert gsm_symbolic.examples(50, seed=3) == found[:50]
+
+
+def test_neighbouring_seeds_have_other_questions(found):
+    """reasoning-gym's item i depends on its seed + i: unhashed, each of these would repeat what templates allow."""
+    questions = {example.question for example in found}
+    for seed in (2, 4, 5):
+        assert len(questions & {example.question for example in gsm_symbolic.examples(400, seed=seed)}) < 20
+
+
+def test_the_gold_answer_earns_1_however_it_is_spelled_and_another_number_0(found):
+    for example in found:
+        whole = "." not in example.gold
+        spelled = [
+            example.gold,
+            f"The answer is {example.gold}.",
+            f"1 + 2 = 3, so ${example.gold}",
+            f"**{example.gold}**",
+        ]
+        spelled += [f"{int(example.gold):,}", f"{example.gold}.0", f"so 7% of it, {example.gold} km!"] if whole else []
+        for text in spelled:
+            assert gsm_symbolic.reward(example, text) == 1.0, text
+        for text in (f"{example.gold}1", f"1{example.gold}", f"-{example.gold}", f"{example.gold} or 999999"):
+            assert gsm_symbolic.reward(example, text) == 0.0, text
+
+
+@pytest.mark.parametrize("text", ["", " ", "garbage", "nan", "inf", "-", ".", "####", "1/0", "ten", "x = y", "٧"])
+def test_garbage_earns_0(text):
+    assert gsm_symbolic.reward(entry("7"), text) == 0.0
+
+
+def test_a_worked_solution_ends_in_the_gold_answer_and_earns_1(found):
+    for example in found:
+        solution = gsm_symbolic.solution(example)
+        assert solution.splitlines()[-1] == f"#### {example.gold}"
+        assert solution.count("####") == 1
+        assert len(solution.splitlines()) > 1
+        assert gsm_symbolic.reward(example, solution) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("2 + 3 = 5.", "5"),
+        ("5, then 6, so 7", "7"),
+        ("1,234,567", "1234567"),
+        ("12,34", "34"),
+        ("1234,567", "567"),
+        ("$3.50", "3.50"),
+        ("costs £1,200.25 in all", "1200.25"),
+        ("it is -4", "-4"),
+        ("it is −4", "-4"),
+        ("-$4", "-4"),
+        ("10-4", "4"),
+        ("x-4", "4"),
+        ("(3)-4", "4"),
+        ("10 - 4", "4"),
+        ("(-4)", "-4"),
+        (".5", "0.5"),
+        ("50%", "50"),
+        ("9.", "9"),
+        ("#### 42", "42"),
+        ("#### 42\n", "42"),
+        ("007", "007"),
+        ("none", ""),
+        ("", ""),
+    ],
+)
+def test_the_answer_is_the_last_number_of_the_text(text, said):
+    assert gsm_symbolic.answer(text) == said
+
+
+def test_half_points_count():
+    assert gsm_symbolic.reward(entry("2362.5"), "so 2,362.50 dollars") == 1.0
+    assert gsm_symbolic.reward(entry("0.5"), ".5") == 1.0
+    assert gsm_symbolic.reward(entry("2362.5"), "2362") == 0.0
+
+
+def test_a_text_is_never_run(tmp_path):
+    mark = tmp_path / "ran"
+    code = f"__import__('pathlib').Path({str(mark)!r}).touch() or 7"
+    assert gsm_symbolic.reward(entry("7"), code) == 1.0
+    assert gsm_symbolic.reward(entry("8"), f"7+1 if {code} else 3") == 0.0
+    assert not mark.exists()
+
+
+def test_more_examples_than_there_are_are_refused(monkeypatch):
+    """Everything drawn is the same question."""
+    one = gsm_symbolic.examples(1, seed=0)[0].entry
+    monkeypatch.setattr(gsm_symbolic.reasoning_gym, "create_dataset", lambda *_, **__: [one] * 9)
+    with pytest.raises(ValueError, match="received count 2, expected at most 1: seed 5 has no more"):
+        gsm_symbolic.examples(2, seed=5)

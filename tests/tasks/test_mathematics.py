@@ -1,0 +1,172 @@
+import json
+
+import datasets
+import pytest
+
+from limbeck.tasks import mathematics
+from limbeck.tasks.isolated import Isolated
+
+COLUMNS = ("problem", "answer")
+
+
+def write(folder, split, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty problems in two parts, of which two come twice."""
+    found = tmp_path / "problems"
+    train = [{"problem": f" What is {n} + 1?", "answer": f"{n + 1}", "source": "x"} for n in range(12)]
+    test = [{"problem": f"What is {n} + 1?", "answer": f"{n + 1} ", "source": "x"} for n in range(10, 20)]
+    write(found, "train", train)
+    write(found, "test", test)
+    return str(found)
+
+
+def test_problems_of_all_parts_come_once_each_with_their_answers(folder):
+    found = mathematics.examples(folder, 20, columns=COLUMNS, seed=0)
+    assert {example.problem: example.gold for example in found} == {f"What is {n} + 1?": str(n + 1) for n in range(20)}
+    assert all(example.question.startswith(example.problem + " ") for example in found)
+    assert all("\\boxed{}" in example.question for example in found)
+
+
+def test_the_order_is_drawn_by_the_seed_and_a_shorter_list_begins_a_longer_one(folder, global_generators):
+    before = global_generators()
+    found = mathematics.examples(folder, 20, columns=COLUMNS, seed=1)
+    assert mathematics.examples(folder, 5, columns=COLUMNS, seed=1) == found[:5]
+    assert global_generators() == before
+    other = mathematics.examples(folder, 20, columns=COLUMNS, seed=2)
+    assert other != found
+    assert {example.problem for example in other} == {example.problem for example in found}
+
+
+def test_answers_that_are_numbers_and_other_names_of_columns_will_do(tmp_path):
+    write(tmp_path / "numbers", "train", [{"asked": "What is half of 5?", "said": 2.5}])
+    (found,) = mathematics.examples(str(tmp_path / "numbers"), 1, columns=("asked", "said"), seed=0)
+    assert found == mathematics.Example("What is half of 5?", "2.5")
+
+
+def test_a_hub_name_is_asked_for_as_it_is(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments):
+        asked.append(arguments)
+        return datasets.DatasetDict(train=datasets.Dataset.from_list([{"problem": "p", "answer": "1"}]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    mathematics.examples("someone/problems", 1, columns=COLUMNS, seed=0)
+    assert asked == [("someone/problems",)]
+
+
+def test_what_is_not_there_is_refused_with_what_is(folder):
+    with pytest.raises(ValueError, match=r"columns \['problem', 'answer', 'source'\] in .*expected \['gold'\]"):
+        mathematics.examples(folder, 3, columns=("problem", "gold"), seed=0)
+    with pytest.raises(ValueError, match="received count 21, expected at most the 20 problems of"):
+        mathematics.examples(folder, 21, columns=COLUMNS, seed=0)
+
+
+@pytest.fixture(scope="module")
+def judged():
+    pytest.importorskip("math_verify")
+    with Isolated(mathematics.reward, limit=20.0) as found:
+        yield found
+
+
+GOLD = ("42", "-5", "1,234", "0.5", "\\frac{1}{2}", "$\\frac{1}{2}$", "3\\sqrt{2}", "\\pi", "50\\%", "90^\\circ")
+GOLD += ("x^2+1", "2n-1", "x=3", "(1,2)", "\\{1,2\\}", "\\text{Friday}", "C", "12\\text{ cm}")
+GOLD += ("\\begin{pmatrix}1\\\\2\\end{pmatrix}",)
+
+
+@pytest.mark.parametrize("gold", GOLD)
+def test_the_gold_answer_in_a_box_earns_1_and_garbage_0(judged, gold):
+    bare = gold.strip("$")
+    example = mathematics.Example("?", bare)
+    for text in (mathematics.solution(example), f"Let me think.\n\nSo it is $\\boxed{{{bare}}}$.", f"It is ${bare}$."):
+        assert judged(gold, text) == 1.0, text
+    for text in ("", " ", "no idea", "\\boxed{}", "\\boxed{17\\sqrt{7}}", "\\boxed{", "The answer is 977."):
+        assert judged(gold, text) == 0.0, text
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "reward"),
+    [
+        ("\\frac{1}{2}", "\\boxed{0.5}", 1.0),
+        ("\\frac{1}{2}", "\\boxed{\\frac{2}{4}}", 1.0),
+        ("\\frac{1}{2}", "The answer is 1/2.", 1.0),
+        ("\\frac{1}{2}", "\\boxed{0.51}", 0.0),
+        ("(x+1)^2", "\\boxed{x^2+2x+1}", 1.0),
+        ("(x+1)^2", "\\boxed{x^2+1}", 0.0),
+        ("\\{1,2\\}", "\\boxed{\\{2,1\\}}", 1.0),
+        ("42", "First I tried $7$. \\boxed{42} is what I found, not 9.", 1.0),
+        ("9", "First I tried $7$. \\boxed{42} is what I found, not 9.", 0.0),
+        ("42", "<think>Is it \\boxed{41}?</think> The answer is 42.", 0.0),
+        ("42", "so 41, or 42", 1.0),
+        ("41", "so 41, or 42", 0.0),
+    ],
+)
+def test_an_equal_answer_is_right_and_a_box_goes_before_what_follows_it(judged, gold, text, reward):
+    assert judged(gold, text) == reward
+
+
+@pytest.mark.parametrize("gold", ["", "\\frac{", "$$", "!?"])
+def test_a_gold_answer_that_cannot_be_read_is_an_error_and_not_a_reward(judged, gold):
+    with pytest.raises(ValueError, match=r"received the gold answer .* expected one that math-verify reads"):
+        judged(gold, "\\boxed{1}")
+
+
+def test_errors_inside_are_raised_and_not_a_reward_of_0(monkeypatch):
+    verifier = pytest.importorskip("math_verify.grader")
+
+    def broken(*_, **__):
+        raise ArithmeticError("sympy gave up")
+
+    assert mathematics.reward("42", "\\boxed{41}") == 0.0
+    monkeypatch.setattr(verifier, "sympy_expr_eq", broken)
+    with pytest.raises(ArithmeticError, match="sympy gave up"):
+        mathematics.reward("42", "\\boxed{41}")
+
+
+def test_without_its_parser_of_latex_nothing_is_a_silent_0(monkeypatch):
+    """As with a version of antlr that does not fit: math-verify falls back to comparing texts."""
+    parser = pytest.importorskip("math_verify.parser")
+
+    def broken(*_, **__):
+        raise ImportError("antlr")
+
+    monkeypatch.setattr(parser, "parse_latex_cached", broken)
+    parser.extract_latex.cache_clear()
+    with pytest.raises(ValueError, match="expected one that math-verify reads"):
+        mathematics.reward("\\frac{7}{3}", "\\boxed{\\frac{7}{3}}")
+    parser.extract_latex.cache_clear()
+
+
+def test_no_signal_is_set(monkeypatch):
+    """math-verify's own limits would replace the alarm of the worker."""
+    pytest.importorskip("math_verify")
+    import signal  # noqa: PLC0415
+
+    def refused(*_):
+        raise AssertionError("a timer was set")
+
+    monkeypatch.setattr(signal, "alarm", refused)
+    assert mathematics.reward("42", "\\boxed{42}") == 1.0
+
+
+@pytest.mark.parametrize("text", ["9**9**9**9", "\\boxed{10^{10^{10}}}"])
+def test_a_power_that_never_ends_is_cut_off_and_the_next_text_is_judged(text):
+    pytest.importorskip("math_verify")
+    with Isolated(mathematics.reward, limit=2.0) as judged:
+        with pytest.raises(TimeoutError):
+            judged("42", text)
+        judged.limit = 20.0  # the new worker imports sympy again
+        assert judged("42", "\\boxed{42}") == 1.0
+
+
+def test_a_text_is_never_run(judged, tmp_path):
+    mark = tmp_path / "ran"
+    code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
+    for text in (code, f"\\boxed{{{code}}}", f"the answer is {code}", f"$ {code} $", f"1+{code}+1"):
+        assert judged("42", text) == 0.0
+    assert not mark.exists()
