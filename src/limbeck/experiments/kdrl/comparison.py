@@ -1,10 +1,9 @@
 """A comparison of arms on chain_sum: students x teachers x arms x seeds, all with the same start and prompts.
 
-A seed fixes the prompts of every step and the random numbers of every sample, for every arm. The weight of the teacher
-is chosen from one grid, by validation accuracy after one run of `selection_seed`, for every arm that mixes it with the
-reward; `annealed` arms take the choice of their constant form, scaled by the paper's ratios. With `sweep`, every
-weight of the grid is run to the end instead. `kd_then_rl` switches where `kd`, of the same seed, stopped rising on the
-validation split. The test splits are read after the last step; they choose nothing.
+A seed fixes every step's prompts and every sample's random numbers, for every arm. Each arm that mixes the teacher with
+the reward has its weight chosen from one grid, by validation accuracy after a run of `selection_seed` (`annealed` arms
+take their constant form's, by the paper's ratios); with `sweep`, the whole grid is run instead. `kd_then_rl` switches
+where `kd`, of the same seed, stopped rising on validation. Test splits are read after the last step and choose nothing.
 """
 
 from collections.abc import Generator, Sequence
