@@ -90,9 +90,17 @@ def dvc(root, *arguments):
 
 
 def stale(root):
-    """The stages of which a dependency or parameter changed since dvc.lock."""
+    """The stages of which a dependency or parameter changed since dvc.lock; checkpoints are absent, not changed."""
     found = json.loads(dvc(root, "status", "dvc.yaml", "--json"))
-    return {stage for stage, why in found.items() if any("changed deps" in entry for entry in why if entry)}
+    changes = {
+        stage: [entry.get("changed deps", {}) for entry in why if isinstance(entry, dict)]
+        for stage, why in found.items()
+    }
+    return {
+        stage
+        for stage, entries in changes.items()
+        if any(not name.startswith("data/checkpoints/") for entry in entries for name in entry)
+    }
 
 
 def after(root, name, change):
