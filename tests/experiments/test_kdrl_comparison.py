@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import cells
 from limbeck import params, paths, records, seeding
@@ -326,12 +327,12 @@ def test_another_seed_arm_or_teacher_changes_no_cell_and_a_grid_or_a_step_all(se
 
 
 def committed():
-    """Every section of params/kdrl.yaml that compares arms."""
+    """Every section of params/kdrl.yaml that compares arms on chains."""
     sections = yaml.safe_load((paths.PARAMS / "kdrl.yaml").read_text())
-    return [(name, profile) for name, part in sections.items() for profile in part if "arms" in part[profile]]
+    return [(name, profile) for name, part in sections.items() for profile in part if "students" in part[profile]]
 
 
-@pytest.mark.parametrize(("name", "profile"), [x for x in committed() if not x[0].startswith("fig_kl_gradients")])
+@pytest.mark.parametrize(("name", "profile"), committed())
 def test_every_committed_comparison_has_cells_that_come_after_all_that_they_read(name, profile):
     loaded = params.load("kdrl", name, profile, comparison.Params)
     turns = {tuple(cell.coordinates.values()): cell.turn for cell in comparison.cells(loaded, (0, 1))}
@@ -363,6 +364,9 @@ def test_every_committed_comparison_has_cells_that_come_after_all_that_they_read
             r"received rates \(0.1, 0.1\), expected one for each of \('teacher', 'base'",
         ),
         ({"terse": ()}, r"received terse \(\), expected one for each of"),
+        ({"start_batch": 0}, "start_batch must be above 0, got 0"),
+        ({"start_steps": (1, 0, 1)}, "start_steps must be above 0, got 0"),
+        ({"start_batch": 161}, r"received train_sizes \(120, 20, 20\), expected at least 161 in all"),
     ],
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
@@ -382,10 +386,22 @@ def test_the_weights_that_a_model_leaves_have_the_scores_of_its_record(starts, b
 
 
 def test_weights_that_are_not_there_are_asked_for(section, starts, tmp_path):
-    with pytest.raises(ValueError, match=r"expected the weights of base in .*, found none; run table_starts first"):
+    with pytest.raises(
+        ValueError, match=r"expected the weights of base in .*, found none; run the experiment that trains it"
+    ):
         table_starts.model_of(starts, Chains(starts), tmp_path, "base")
-    with pytest.raises(ValueError, match=r"expected the weights of student in .*, found none; run table_starts first"):
+    with pytest.raises(
+        ValueError, match=r"expected the weights of student in .*, found none; run the experiment that trains it"
+    ):
         cells.drive(table_main, section, final(section, "grpo"), cells.place(tmp_path / "table_main", "x"))
+
+
+def test_weights_of_other_parameters_are_refused(starts, begun, tmp_path):
+    weights = load_file(begun[1] / "base.safetensors")
+    name, _ = weights.popitem()
+    save_file(weights, tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match=rf"received {len(weights)} weights .* expected {len(weights) + 1}; {name} is"):
+        table_starts.model_of(starts, Chains(starts), tmp_path, "base")
 
 
 def first_loss(section, data, model, at):

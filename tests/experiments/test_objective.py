@@ -48,6 +48,11 @@ def case(*, seed=0, on_policy=False, rewards=REWARDS, correct=CORRECT):
     return SimpleNamespace(rollout=rollout, logits=student.requires_grad_(), teacher=teacher, tokens=tokens)
 
 
+def untaught(on):
+    """The same without a teacher."""
+    return SimpleNamespace(**vars(on) | {"rollout": dataclasses.replace(on.rollout, teacher_logprobs=None)})
+
+
 def scored(on, rows):
     """What the loop hands to the terms for some rows."""
     places = torch.cat([torch.arange(sum(LENGTHS)).split(LENGTHS)[row] for row in rows.tolist()])
@@ -169,7 +174,7 @@ def test_every_arm_is_its_loss_token_by_token_however_the_rows_are_cut(name, cut
 
 @pytest.mark.parametrize("name", objective.ARMS)
 def test_the_terms_of_an_arm_are_named_by_who_teaches(name):
-    found = set(stepped(name, case()).terms)
+    found = set(stepped(name, case() if objective.arm(name).taught else untaught(case())).terms)
     teacher, reward = {"loss/kd", "policy/reverse_kl"}, {"loss/policy"}
     alone = {"sft": {"loss/sft"}, "rejection": {"loss/sft"}, "grpo": reward, "kd": teacher, "kd_then_rl": teacher}
     alone |= {key: {"loss/policy", "policy/reverse_kl"} for key in ("pre", "mean", "post")}
@@ -327,16 +332,17 @@ def test_the_reverse_kl_is_measured_every_few_steps_and_elsewhere_the_teacher_is
         raise AssertionError("the teacher was asked for its logits")
 
     silent = dataclasses.replace(scored(on, ALL), teacher_logits=asked)
-    for name, step in (("kdrl", 1), ("post", 1), ("grpo", 0), ("sft", 0)):
+    for name, step in (("kdrl", 1), ("post", 1)):
         aimed(name, on, step=step)[0](silent)
+    for name in ("grpo", "sft"):
+        aimed(name, untaught(on))[0](silent)
 
 
 @pytest.mark.parametrize("name", ["grpo", "sft", "rejection"])
 def test_an_arm_without_a_teacher_needs_none_and_logs_nothing_of_it(name):
     on = case()
     assert not objective.arm(name).taught
-    alone = SimpleNamespace(**vars(on) | {"rollout": dataclasses.replace(on.rollout, teacher_logprobs=None)})
-    found = stepped(name, alone)
+    found = stepped(name, untaught(on))
     assert found.logged == {}
     assert torch.equal(found.gradient, stepped(name, on).gradient)
 
@@ -358,6 +364,28 @@ def test_what_is_known_of_the_teacher_before_any_gradient(name):
     else:
         assert found["kd/flipped"] == pytest.approx((turned & (before != 0)).mean(), abs=1e-12)
         assert 0 < found["kd/flipped"] < 1
+
+
+@pytest.mark.parametrize("name", ["response", "group", "response_kept"])
+def test_the_teacher_turns_no_advantage_of_a_completion_that_it_does_not_teach(name):
+    """By hand: what reward and teacher do to a token's log-probability, each as it is weighed in the loss."""
+    on = case()
+    taught = [row in UNSOLVED if name == "group" else row not in RIGHT for row in range(len(LENGTHS))]
+    share = sum(LENGTHS) / sum(n for n, kept in zip(LENGTHS, taught, strict=True) if kept) if "kept" in name else 1.0
+    turned = []
+    for row, (advantage, ratios) in enumerate(zip(advantages(on), log_ratios(on), strict=True)):
+        turned += [advantage * (advantage + COEF * share * taught[row] * ratio) < 0 for ratio in ratios]
+    assert stepped(name, on).logged["kd/flipped"] == pytest.approx(sum(turned) / sum(LENGTHS), abs=1e-12)
+    assert 0 < sum(turned) < sum(LENGTHS) or name == "group"
+
+
+def test_after_the_switch_the_teacher_is_still_measured_and_teaches_nothing():
+    on = case()
+    found = stepped("kd_then_rl", on, step=10)
+    assert found.logged["kd/coefficient"] == found.logged["kd/flipped"] == 0
+    assert found.logged["kd/k1"] == stepped("kd", on).logged["kd/k1"]
+    assert set(found.terms) == {"loss/policy", "policy/reverse_kl", "policy/entropy"}
+    assert torch.equal(found.gradient, stepped("grpo", on).gradient)
 
 
 def test_a_step_without_a_switch_or_a_switch_without_its_step_is_refused():

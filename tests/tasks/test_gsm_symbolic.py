@@ -1,3 +1,4 @@
+import itertools
 import random
 import re
 
@@ -22,10 +23,10 @@ def test_examples_are_distinct_questions_with_a_number_as_their_answer(found):
     assert all("final answer" in example.question for example in found)
 
 
-def test_a_longer_list_begins_with_the_shorter_and_what_is_left_out_never_comes(found):
+def test_a_longer_list_begins_with_the_shorter_and_none_is_refused(found):
     assert gsm_symbolic.examples(50, seed=3) == found[:50]
-    left_out = {example.question for example in found[:100]}
-    assert gsm_symbolic.examples(50, seed=3, without=left_out) == found[100:150]
+    with pytest.raises(ValueError, match="count must be above 0, got 0"):
+        gsm_symbolic.examples(0, seed=3)
 
 
 def test_draws_repeat_whatever_the_global_generators_hold(found, global_generators):
@@ -37,11 +38,21 @@ def test_draws_repeat_whatever_the_global_generators_hold(found, global_generato
     assert gsm_symbolic.examples(50, seed=3) == found[:50]
 
 
-def test_neighbouring_seeds_have_other_questions(found):
-    """reasoning-gym's item i depends on its seed + i: unhashed, each of these would repeat what templates allow."""
-    questions = {example.question for example in found}
-    for seed in (2, 4, 5):
-        assert len(questions & {example.question for example in gsm_symbolic.examples(400, seed=seed)}) < 20
+def test_neighbouring_seeds_share_no_item(found, monkeypatch):
+    """reasoning-gym draws its item i from its seed + i, so its seeds must lie further apart than a list is long."""
+    starts, create = [], gsm_symbolic.reasoning_gym.create_dataset
+
+    def recorded(*arguments, seed, **options):
+        starts.append(seed)
+        return create(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(gsm_symbolic.reasoning_gym, "create_dataset", recorded)
+    for seed in range(8):
+        gsm_symbolic.examples(5, seed=seed)
+    starts.sort()
+    assert min(y - x for x, y in itertools.pairwise(starts)) > 10**6
+    other = {example.question for example in gsm_symbolic.examples(400, seed=4)}
+    assert len(other & {example.question for example in found}) < 20
 
 
 def test_the_gold_answer_earns_1_however_it_is_spelled_and_another_number_0(found):

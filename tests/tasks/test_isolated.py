@@ -135,6 +135,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["say", "hang", "hang in C"])
 def test_a_worker_ends_after_its_parent_was_killed(how, tmp_path):
     """Idle at once, busy by its own alarm."""

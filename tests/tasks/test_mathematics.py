@@ -101,6 +101,7 @@ def test_the_gold_answer_in_a_box_earns_1_and_garbage_0(judged, gold):
         ("\\{1,2\\}", "\\boxed{\\{2,1\\}}", 1.0),
         ("42", "First I tried $7$. \\boxed{42} is what I found, not 9.", 1.0),
         ("9", "First I tried $7$. \\boxed{42} is what I found, not 9.", 0.0),
+        ("42", "\\boxed{42} it is, though the final answer is 9", 1.0),
         ("42", "<think>Is it \\boxed{41}?</think> The answer is 42.", 0.0),
         ("42", "so 41, or 42", 1.0),
         ("41", "so 41, or 42", 0.0),
@@ -154,6 +155,7 @@ def test_no_signal_is_set(monkeypatch):
     assert mathematics.reward("42", "\\boxed{42}") == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["9**9**9**9", "\\boxed{10^{10^{10}}}"])
 def test_a_power_that_never_ends_is_cut_off_and_the_next_text_is_judged(text):
     pytest.importorskip("math_verify")

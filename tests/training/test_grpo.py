@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from limbeck import models, sampling
+from limbeck import models, sampling, seeding
 from limbeck.losses import divergence, kdrl, policy
 from limbeck.training import grpo, learner, rollouts
 from limbeck.training.rollouts import Problem, Verdict
@@ -135,6 +135,18 @@ def test_cutting_rows_into_micro_batches_changes_no_weight_over_many_steps():
         _, _, cut = train(make(micro_tokens=micro_tokens), 4)
         for name, weight in whole.items():
             torch.testing.assert_close(cut[name], weight, atol=1e-6, rtol=0)
+
+
+def test_a_steps_rows_are_distinct_and_an_epoch_takes_none_twice():
+    """Of 11 rows in steps of 4, an epoch has two steps and leaves three rows out."""
+    found = rollouts.batches(11, size=4, steps=5, source=seeding.generator(0, "rows"))
+    assert [len(set(rows)) for rows in found] == [4] * 5
+    assert len(set(found[0] + found[1])) == len(set(found[2] + found[3])) == 8
+    assert found[:2] != found[2:4]
+    assert found == rollouts.batches(11, size=4, steps=5, source=seeding.generator(0, "rows"))
+    for size in (0, 12):
+        with pytest.raises(ValueError, match=f"received {size} rows a step, expected 1 to 11"):
+            rollouts.batches(11, size=size, steps=1, source=seeding.generator(0, "rows"))
 
 
 def test_micro_batches_hold_every_row_once_within_their_budget_and_rows_of_like_length():

@@ -5,13 +5,13 @@ parts that are cut from it share none. A worked solution writes one step a term,
 result (`17;14`); some steps may carry a mistake, with which it goes on.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import reasoning_gym
 
 from limbeck import seeding
+from limbeck.params import positive
 
 ALPHABET = "0123456789+-=;"
 _SLIPS = (-10, -2, -1, 1, 2, 10)  # what a mistake adds to a step's result
@@ -49,19 +49,16 @@ class Example:
         return self.entry["answer"]
 
 
-def examples(family: Family, count: int, *, seed: int, without: Collection[str] = ()) -> list[Example]:
-    """So many examples of distinct expressions, none of those in `without`.
-
-    Raises ValueError if the family is too small for that.
-    """
+def examples(family: Family, count: int, *, seed: int) -> list[Example]:
+    """So many examples of distinct expressions. Raises ValueError for none, or more than the family has."""
+    positive(count=count)
     sizes = zip(("terms", "digits"), (family.terms, family.digits), strict=True)
     limits = {f"{end}_{name}": value for name, both in sizes for end, value in zip(("min", "max"), both, strict=True)}
-    drawn = reasoning_gym.create_dataset("chain_sum", size=_POOL * (count + len(without)), seed=seed, **limits)
+    drawn = reasoning_gym.create_dataset("chain_sum", size=_POOL * count, seed=seed, **limits)
     found: dict[str, Example] = {}
     for entry in drawn:
         example = Example(entry)
-        if example.expression not in without:
-            found.setdefault(example.expression, example)
+        found.setdefault(example.expression, example)
         if len(found) == count:
             return list(found.values())
     raise ValueError(f"received count {count}, expected at most {len(found)}: {family} with seed {seed} has no more")

@@ -7,13 +7,13 @@ a negative answer (one in thousands) are left out and a negative answer earns 0.
 """
 
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import reasoning_gym
 
 from limbeck import seeding
+from limbeck.params import positive
 
 _NUMBER = re.compile(r"((?<![\w)])[-−])?[$£€]?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
 _END = "####"  # what stands before the answer at the end of a solution, as in GSM8K
@@ -38,17 +38,18 @@ class Example:
         return self.entry["answer"]
 
 
-def examples(count: int, *, seed: int, without: Collection[str] = ()) -> list[Example]:
-    """So many examples of distinct questions, none of those in `without`.
+def examples(count: int, *, seed: int) -> list[Example]:
+    """So many examples of distinct questions. Raises ValueError for none, or if there are too few.
 
     Item i of reasoning-gym is drawn by its seed + i, so that neighbouring seeds would share items; its seed is hashed
-    from ours. Raises ValueError if there are too few.
+    from ours.
     """
+    positive(count=count)
     start = int(seeding.bits(seed, "gsm_symbolic", n=1)[0])
     found: dict[str, Example] = {}
-    for entry in reasoning_gym.create_dataset("gsm_symbolic", size=_POOL * (count + len(without)), seed=start):
+    for entry in reasoning_gym.create_dataset("gsm_symbolic", size=_POOL * count, seed=start):
         example = Example(entry)
-        if example.question not in without and reward(example, example.gold) == 1.0:
+        if reward(example, example.gold) == 1.0:
             found.setdefault(example.question, example)
         if len(found) == count:
             return list(found.values())

@@ -29,6 +29,20 @@ class Verdict(NamedTuple):
 Metrics = dict[str, float]
 
 
+def batches(count: int, *, size: int, steps: int, source: torch.Generator) -> list[list[int]]:
+    """The rows of each step, epoch after epoch in a drawn order; what fills no step at an epoch's end is left out.
+
+    So no row comes twice in a step, where its samples would be the same. Raises ValueError for more than there are.
+    """
+    if not 1 <= size <= count:
+        raise ValueError(f"received {size} rows a step, expected 1 to {count}, of which none comes twice in a step")
+    found: list[list[int]] = []
+    while len(found) < steps:
+        order = torch.randperm(count, generator=source).tolist()
+        found += [order[start : start + size] for start in range(0, count - size + 1, size)]
+    return found[:steps]
+
+
 @dataclass(frozen=True)
 class Rollout:
     """The completions of a step, a row each, and what is known of them before any gradient."""

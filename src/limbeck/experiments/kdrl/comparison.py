@@ -20,7 +20,7 @@ from limbeck.experiments.kdrl.chains import FAMILIES, Chains
 from limbeck.experiments.kdrl.objective import Arm
 from limbeck.params import one_of, positive
 from limbeck.sampling import Sampled
-from limbeck.training import grpo, learner
+from limbeck.training import grpo, learner, rollouts
 from limbeck.training.rollouts import Problem
 
 Steps = Generator[dict[str, float], None, Result]
@@ -174,12 +174,10 @@ def _runner(
 
 
 def _problems(data: Chains, params: Params, seed: int) -> list[list[Problem]]:
-    """The prompts of every step, epoch after epoch in a drawn order."""
-    pool, wanted, found = data.train[FAMILIES[0]], params.steps * params.prompts, []
-    source = seeding.generator(seed, "prompts")
-    while len(found) < wanted:
-        found += [data.problem(pool[i]) for i in torch.randperm(len(pool), generator=source).tolist()]
-    return [found[start : start + params.prompts] for start in range(0, wanted, params.prompts)]
+    """The prompts of every step."""
+    pool, source = data.train[FAMILIES[0]], seeding.generator(seed, "prompts")
+    drawn = rollouts.batches(len(pool), size=params.prompts, steps=params.steps, source=source)
+    return [[data.problem(pool[row]) for row in rows] for rows in drawn]
 
 
 def _coefficient(at: dict[str, Any], params: Params, place: Place) -> float:

@@ -9,16 +9,16 @@ Left out: a choice of the teacher's weight, which would cost a run each; the sma
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from limbeck import assets, models
+from limbeck import assets, models, seeding
 from limbeck.experiments.cells import Cell, Place
-from limbeck.experiments.kdrl import curves, language, objective, real_models
+from limbeck.experiments.kdrl import curves, imitation, language, objective, real_models
 from limbeck.experiments.kdrl.language import Words
-from limbeck.experiments.kdrl.real_models import FURTHER, WEIGHTS, Bench, Steps
+from limbeck.experiments.kdrl.real_models import TEACHER, Bench, Steps
 from limbeck.params import positive
 from limbeck.sampling import Sampled
-from limbeck.training import grpo, learner
+from limbeck.training import grpo, learner, rollouts
 
-_START, _TEACHER = "start", "teacher"  # arms that are not trained
+_MEASURED = ("start", TEACHER)  # arms that are not trained
 _SETTINGS = ("group_size", "longest", "learning_rate", "clip_norm", "save_every", "micro_tokens")
 
 
@@ -45,18 +45,18 @@ class Params(real_models.Section):
 
 
 def _switches(arm: str) -> bool:
-    return arm not in (_START, _TEACHER) and objective.arm(arm).schedule == "switch"
+    return arm not in _MEASURED and objective.arm(arm).schedule == "switch"
 
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
-    """The teacher, if it is trained here, then every arm by seed. Raises ValueError for too few seeds."""
+    """The models that are fine-tuned here, then every arm by seed. Raises ValueError for too few seeds."""
     if len(seeds) < params.replicates:
         raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
     inputs = {name: value for name, value in asdict(params).items() if name not in ("arms", "replicates")}
     inputs["assets"] = assets.checksums(params.student, params.teacher)
-    found = []
-    if params.teacher == FURTHER:
-        found.append(Cell({"phase": "teacher", "arm": _TEACHER, "seed": 0}, inputs, (WEIGHTS,)))
+    found = [
+        Cell({"phase": "begin", "arm": name, "seed": 0}, inputs, (imitation.file_of(name),)) for name in params.begun
+    ]
     for seed in seeds[: params.replicates]:
         for arm in params.arms:
             found.append(Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, turn=1 + _switches(arm)))
@@ -68,11 +68,11 @@ def run(cell: Cell, params: Params, place: Place) -> Steps:
     arm, seed = cell.coordinates["arm"], cell.coordinates["seed"]
     with language.judge(params) as judge:
         bench = Bench(params, place, Words(params, judge))
-        if cell.coordinates["phase"] == "teacher":
-            return (yield from real_models.train_teacher(bench))
-        if arm not in (_START, _TEACHER):
+        if cell.coordinates["phase"] == "begin":
+            return (yield from real_models.fine_tune(bench, arm))
+        if arm not in _MEASURED:
             return (yield from _train(arm, seed, params, bench))
-        model = bench.student() if arm == _START else bench.teacher()
+        model = bench.student() if arm != TEACHER else bench.teacher()
         yield {"step": 1, "steps": 1}
         return bench.result(model, bench.data.test_scores(model, seed=seed, dtype=bench.dtype(model)))
 
@@ -90,8 +90,9 @@ def _train(arm: str, seed: int, params: Params, bench: Bench) -> Steps:
     sampler = Sampled(student if own else teacher, data.end, params.temperature, dtype)
     scorer = teacher if method.taught else None
     runner = learner.Run(student, sampler, data.verifier(), scorer, settings, dtype)
-    rows = bench.order(params.steps * params.prompts, seed).split(params.prompts)
-    problems = [[data.problem(data.train[row]) for row in some.tolist()] for some in rows]
+    source = seeding.generator(seed, "prompts")
+    drawn = rollouts.batches(len(data.train), size=params.prompts, steps=params.steps, source=source)
+    problems = [[data.problem(data.train[row]) for row in rows] for rows in drawn]
     weights = models.trainable(student)
 
     def measure() -> dict[str, float]:

@@ -31,7 +31,8 @@ _COLD = 1e-3  # a temperature at which all but a tie takes the most probable tok
 class Section:
     """What the problems are, and how a model meets them; sources stand in params/kdrl.yaml.
 
-    `terms` and `digits` are those of chain_sum, `columns` and `verify_limit` (seconds a completion) of mathematics.
+    `terms` and `digits` are those of chain_sum, `columns` and `verify_limit` (seconds a completion) of mathematics;
+    `taught_size` problems are for models that are fine-tuned before the experiment.
     """
 
     student: str
@@ -41,6 +42,7 @@ class Section:
     columns: tuple[str, ...]
     verify_limit: float
     chat: bool
+    taught_size: int
     train_size: int
     validation_size: int
     test_size: int
@@ -78,10 +80,10 @@ class Words:
 
     def __init__(self, section: Section, judge: Judge) -> None:
         self.section, self.judge = section, judge
-        sizes = [section.train_size, section.validation_size, section.test_size]
-        found = _examples(section, sum(sizes))
-        self.train, self.validation, self.test = classification.draw(found, sizes, seed=section.data_seed)
-        self.texts = [text for example in self.train for text in (example.question, solution(example))]
+        sizes = [section.taught_size, section.train_size, section.validation_size, section.test_size]
+        found = classification.draw(_examples(section, sum(sizes)), sizes, seed=section.data_seed)
+        self.taught, self.train, self.validation, self.test = found
+        self.texts = [text for example in found[0] + found[1] for text in (example.question, solution(example))]
         self.tokenizer = language_models.load_tokenizer(section.student, self.texts)
         if section.chat and self.tokenizer.chat_template is None:
             raise ValueError(f"received chat: true, expected a chat template with the tokenizer of {section.student}")

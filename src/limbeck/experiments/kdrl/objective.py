@@ -6,7 +6,7 @@ sampler: the policy, or for SFT the teacher.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from limbeck.training.grpo import Objective, Terms
 from limbeck.training.learner import Scores
 from limbeck.training.rollouts import Metrics, Rollout
 
-SCHEDULES = ("constant", "annealed", "switch")
 _TOP_K = re.compile(r"(raw|renormalised|tail)_(student|teacher)_(\d+)")
 _ANNEALED = {"initial": 2.5, "floor": 0.5, "reached": 80 / 280}  # of the best constant, and of the steps; the paper's
 
@@ -76,7 +75,8 @@ def of(method: Arm, *, kd_coef: float, steps: int, switch: int | None = None, me
 
     `kd_coef` is the weight of the teacher: the constant one, from which the annealed one follows by the paper's ratios
     (from 2.5 times to half of it, reached at 80 / 280 of the steps). A `switch` arm is distillation alone before that
-    step and GRPO alone from it on. Every `measure_every` steps the exact reverse KL to the teacher is measured too.
+    step and GRPO alone from it on. Every `measure_every` steps the exact reverse KL to the teacher, where the run has
+    one, is measured too.
     Raises ValueError for a switch arm without its step, or the reverse.
     """
     if (method.schedule == "switch") != (switch is not None):
@@ -85,7 +85,7 @@ def of(method: Arm, *, kd_coef: float, steps: int, switch: int | None = None, me
     def objective(step: int, rollout: Rollout) -> tuple[Callable[[Scores], Terms], Metrics]:
         now = method
         if switch is not None:
-            now = replace(ARMS["kd"] if step < switch else ARMS["grpo"], schedule="constant")
+            now = ARMS["kd"] if step < switch else ARMS["grpo"]
         coef = _coefficient(now, kd_coef, step, steps)
         return _at(now, coef, rollout, measured=step % measure_every == 0)
 
@@ -123,12 +123,12 @@ def _at(method: Arm, coef: float, rollout: Rollout, *, measured: bool) -> tuple[
             found["loss/policy"] = policy.weighted_sum(gain, weights[rows])
         if coef and method.kd not in kdrl.PLACEMENTS:
             found["loss/kd"] = coef * policy.weighted_sum(_kd(method.kd, rollout, scores), shares[rows])
-        if method.taught and measured:
+        if rollout.teacher_logprobs is not None and measured:
             exact = scores.restored(divergence.reverse_kl_per_token(scores.logits, scores.teacher_logits()))
             found["policy/reverse_kl"] = policy.weighted_sum(exact.detach(), weights[rows])
         return found | _entropy(scores, weights)
 
-    return terms, _known(method, coef, rollout, keep)
+    return terms, _known(method, coef, rollout, keep, shares)
 
 
 def _advantages(method: Arm, coef: float, rollout: Rollout) -> Tensor | None:
@@ -166,9 +166,9 @@ def _entropy(scores: Scores, weights: Tensor) -> Terms:
     }
 
 
-def _known(method: Arm, coef: float, rollout: Rollout, keep: Tensor) -> Metrics:
+def _known(method: Arm, coef: float, rollout: Rollout, keep: Tensor, shares: Tensor) -> Metrics:
     """Of the teacher: its weight, whom it teaches, its log-ratio R, and how often R turns an advantage around."""
-    if not method.taught:
+    if rollout.teacher_logprobs is None:
         return {}
     ratios = (rollout.teacher_logprobs - rollout.old_logprobs)[rollout.mask].double()
     sizes = ratios.abs()
@@ -182,6 +182,6 @@ def _known(method: Arm, coef: float, rollout: Rollout, keep: Tensor) -> Metrics:
     }
     if method.reward and method.kd not in kdrl.PLACEMENTS:
         advantages = _advantages(method, coef, rollout)[:, None].expand_as(rollout.mask)[rollout.mask].double()
-        turned = (advantages * (advantages + coef * ratios) < 0) & (advantages != 0)
-        found["kd/flipped"] = turned.double().mean().item()
+        together = policy.token_weights(rollout.mask)[rollout.mask] * advantages + coef * shares[rollout.mask] * ratios
+        found["kd/flipped"] = (advantages * together < 0).double().mean().item()
     return found

@@ -1,35 +1,39 @@
-"""A pretrained student and its teacher: a larger model of the same vocabulary, or the student's copy, taught here."""
+"""A pretrained student and its teacher: a larger model of the same vocabulary, or the student's copy, taught here.
+
+With `student_steps` above 0 the student too is fine-tuned here first, so that it writes as its teacher does: the
+paper's student had learnt from long solutions before. Both learn from problems that no arm meets.
+"""
 
 from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from limbeck import language_models, models, sampling, seeding
+from limbeck import language_models, models, seeding
 from limbeck.experiments.cells import Place, Result
-from limbeck.experiments.kdrl import language
+from limbeck.experiments.kdrl import imitation, language
 from limbeck.experiments.kdrl.language import Words
-from limbeck.losses import policy
 from limbeck.params import positive
-from limbeck.training import learner, resume, supervised
+from limbeck.training import learner, resume, rollouts, supervised
 
-FURTHER, WEIGHTS = "further", "teacher.safetensors"
+FURTHER = "further"
+STUDENT, TEACHER = "student", "teacher"
 Steps = Generator[dict[str, float], None, Result]
 
 
 @dataclass(frozen=True)
 class Section(language.Section):
-    """Both models; `further_` is of a teacher called `further`.
+    """Both models; `further_` is of the fine-tuning of either, `teacher_steps` of a teacher called `further`.
 
-    Of student and `further` teacher the last `trained_layers` layers are trained; 0 trains all parameters.
+    Of a model that is trained, here or in an arm, the last `trained_layers` layers are; 0 stands for all parameters.
     """
 
     teacher: str
     trained_layers: int
-    further_steps: int
+    student_steps: int
+    teacher_steps: int
     further_batch: int
     further_learning_rate: float
     clip_norm: float
@@ -39,8 +43,16 @@ class Section(language.Section):
     def __post_init__(self) -> None:
         """Check what no type can."""
         super().__post_init__()
-        positive(further_steps=self.further_steps, further_batch=self.further_batch)
         positive(validation_samples=self.validation_samples)
+        if self.begun:
+            positive(taught_size=self.taught_size, further_batch=self.further_batch)
+        if TEACHER in self.begun:
+            positive(teacher_steps=self.teacher_steps)
+
+    @property
+    def begun(self) -> tuple[str, ...]:
+        """Which of the models are fine-tuned here."""
+        return (STUDENT,) * (self.student_steps > 0) + (TEACHER,) * (self.teacher == FURTHER)
 
 
 @dataclass(frozen=True)
@@ -72,26 +84,25 @@ class Bench:
         count = sum(weight.numel() for weight in (weights or {}).values())
         return Result(metrics, curve or {}, count, str(self.dtype(model)).removeprefix("torch."))
 
-    def order(self, wanted: int, seed: int) -> Tensor:
-        """Training rows in a drawn order, epoch after epoch."""
-        count, source = len(self.data.train), seeding.generator(seed, "prompts")
-        epochs = -(-wanted // count)
-        return torch.cat([torch.randperm(count, generator=source) for _ in range(epochs)])[:wanted]
-
     def student(self) -> PreTrainedModel:
         """The student at its start, the same for every seed."""
-        model, layers = self._loaded(self.section.student), self.section.trained_layers
-        return language_models.train_last_layers(model, layers) if layers else model
+        return self._begun(STUDENT) if STUDENT in self.section.begun else self.untouched()
 
     def teacher(self) -> PreTrainedModel:
         """The teacher. Raises ValueError if its vocabulary is not the student's."""
-        if self.section.teacher != FURTHER:
-            tokenizer = language_models.load_tokenizer(self.section.teacher, self.data.texts)
-            learner.require_one_vocabulary(self.data.tokenizer, tokenizer)
-            return self._loaded(self.section.teacher)
-        model, device = self._loaded(self.section.student), str(self.place.device)
-        model.load_state_dict(load_file(self.place.checkpoints / WEIGHTS, device=device), strict=False)
-        return model
+        if TEACHER in self.section.begun:
+            return self._begun(TEACHER)
+        tokenizer = language_models.load_tokenizer(self.section.teacher, self.data.texts)
+        learner.require_one_vocabulary(self.data.tokenizer, tokenizer)
+        return self._loaded(self.section.teacher)
+
+    def untouched(self) -> PreTrainedModel:
+        """The student as it is loaded; what is not trained is frozen."""
+        model, layers = self._loaded(self.section.student), self.section.trained_layers
+        return language_models.train_last_layers(model, layers) if layers else model
+
+    def _begun(self, name: str) -> PreTrainedModel:
+        return imitation.restore(self.untouched(), self.place.checkpoints, name)
 
     def _loaded(self, name: str) -> PreTrainedModel:
         """A model without the rows that pad its vocabulary: no token stands for them, and sizes of Qwen2 differ there.
@@ -105,22 +116,16 @@ class Bench:
         return model.to(self.place.device)
 
 
-def train_teacher(bench: Bench) -> Steps:
-    """Fine-tune the student's copy on the training problems' own solutions; leave the weights that changed."""
-    section, data, model = bench.section, bench.data, bench.student()
-    asked = [data.problem(example).prompt for example in data.train]
-    said = [data.worked(example) for example in data.train]
-    batches = bench.order(section.further_steps * section.further_batch, seed=0).split(section.further_batch)
-
-    def loss(rows: Tensor) -> dict[str, Tensor]:
-        prompts, solutions = ([texts[row] for row in rows.tolist()] for texts in (asked, said))
-        with models.autocast(model.device, bench.dtype(model)):
-            logits, kept = sampling.completion_logits(model, prompts, solutions, temperature=1.0)
-        logprobs = sampling.completion_logprobs(logits, kept, solutions)
-        return {"loss/ce": -policy.weighted_sum(logprobs, policy.token_weights(kept))}
-
-    weights = models.trainable(model)
+def fine_tune(bench: Bench, name: str) -> Steps:
+    """Fine-tune a copy of the student on worked solutions, as student or as teacher; leave the weights that changed."""
+    section, data, model = bench.section, bench.data, bench.untouched()
+    asked = [data.problem(example).prompt for example in data.taught]
+    said = [data.worked(example) for example in data.taught]
+    steps, size = section.student_steps if name == STUDENT else section.teacher_steps, section.further_batch
+    source = seeding.generator(0, "further", name)
+    drawn = [torch.tensor(rows) for rows in rollouts.batches(len(asked), size=size, steps=steps, source=source)]
+    loss, weights = imitation.loss_of(model, asked, said, bench.dtype(model)), models.trainable(model)
     options = {"clip_norm": section.clip_norm, "state": bench.place.state, "save_every": section.save_every}
-    curve = yield from supervised.fit(weights, loss, batches, learning_rate=section.further_learning_rate, **options)
-    resume.write_tensors(bench.place.checkpoints / WEIGHTS, dict(weights))
+    curve = yield from supervised.fit(weights, loss, drawn, learning_rate=section.further_learning_rate, **options)
+    resume.write_tensors(bench.place.checkpoints / imitation.file_of(name), dict(weights))
     return bench.result(model, bench.validation(model), curve, weights)

@@ -10,16 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from limbeck import language_models, models, sampling, seeding
+from limbeck import language_models, models, seeding
 from limbeck.experiments.cells import Cell, Place, Result
-from limbeck.experiments.kdrl import chains
+from limbeck.experiments.kdrl import chains, imitation
 from limbeck.experiments.kdrl.chains import Chains
-from limbeck.losses import policy
-from limbeck.params import one_of
+from limbeck.params import one_of, positive
 from limbeck.sampling import Tokens
 from limbeck.tasks import chain_sum
 from limbeck.training import resume, supervised
@@ -54,6 +52,9 @@ class Section(chains.Section):
                 raise ValueError(f"received {name} {getattr(self, name)}, expected one for each of {self.names}")
         for at, begin in enumerate(self.begins):
             one_of(f"begins of {self.names[at]}", begin, (_NOTHING, *self.names[:at]))
+        positive(start_batch=self.start_batch, start_steps=min(self.start_steps))
+        if sum(self.train_sizes) < self.start_batch:
+            raise ValueError(f"received train_sizes {self.train_sizes}, expected at least {self.start_batch} in all")
 
 
 Params = Section
@@ -65,18 +66,12 @@ def cells(params: Section, _seeds: Sequence[int]) -> list[Cell]:
     for name, begin in zip(params.names, params.begins, strict=True):
         turns[name] = turns[begin] + 1
     inputs = asdict(params)
-    return [Cell({"arm": name, "seed": 0}, inputs, (f"{name}.safetensors",), turns[name]) for name in params.names]
+    return [Cell({"arm": name, "seed": 0}, inputs, (imitation.file_of(name),), turns[name]) for name in params.names]
 
 
 def model_of(section: Section, data: Chains, folder: Path, name: str) -> PreTrainedModel:
-    """A model that was trained here, from the folder where its weights lie; `nothing` is one with drawn weights."""
-    if name != _NOTHING and not (folder / f"{name}.safetensors").is_file():
-        raise ValueError(f"expected the weights of {name} in {folder}, found none; run table_starts first")
-    seed = 0 if name == _NOTHING else section.start_seeds[section.names.index(name)]
-    model = _drawn(section, data, seed)
-    if name != _NOTHING:
-        model.load_state_dict(load_file(folder / f"{name}.safetensors"), strict=False)
-    return model
+    """A model that was trained here, from the folder where its weights lie."""
+    return imitation.restore(_drawn(section, data, section.start_seeds[section.names.index(name)]), folder, name)
 
 
 def _drawn(section: Section, data: Chains, seed: int) -> PreTrainedModel:
@@ -93,22 +88,14 @@ def run(cell: Cell, params: Section, place: Place) -> Generator[dict[str, float]
     """Train one model on worked solutions, leave its weights, and score it."""
     at, data = params.names.index(cell.coordinates["arm"]), Chains(params)
     seed, begin = params.start_seeds[at], params.begins[at]
-    model = _drawn(params, data, seed)
-    if begin != _NOTHING:
-        model.load_state_dict(model_of(params, data, place.checkpoints, begin).state_dict())
+    untouched = begin == _NOTHING
+    model = _drawn(params, data, seed) if untouched else model_of(params, data, place.checkpoints, begin)
     model = model.to(place.device)
     dtype = models.precision(place.precision, width=model.config.hidden_size, where=place.device)
     prompts, solutions = worked(params, data, at)
     lengths = torch.tensor([len(x) + len(y) for x, y in zip(prompts, solutions, strict=True)])
     batches = _batches(lengths, size=params.start_batch, steps=params.start_steps[at], seed=seed)
-
-    def loss(rows: Tensor) -> dict[str, Tensor]:
-        asked, said = ([texts[row] for row in rows.tolist()] for texts in (prompts, solutions))
-        with models.autocast(model.device, dtype):
-            logits, kept = sampling.completion_logits(model, asked, said, temperature=1.0)
-        logprobs = sampling.completion_logprobs(logits, kept, said)
-        return {"loss/ce": -policy.weighted_sum(logprobs, policy.token_weights(kept))}
-
+    loss = imitation.loss_of(model, prompts, solutions, dtype)
     parameters = models.trainable(model)
     options = {"clip_norm": params.start_clip_norm, "state": place.state, "save_every": params.start_save_every}
     curve = yield from supervised.fit(parameters, loss, batches, learning_rate=params.rates[at], **options)
