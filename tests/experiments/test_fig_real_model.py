@@ -241,7 +241,7 @@ def pair(tmp_path_factory):
     }
     small = {"task": f"math/{folder / 'problems'}", "train_size": 6, "validation_size": 2, "test_size": 4, "longest": 8}
     small |= {"steps": 2, "prompts": 2, "group_size": 4, "save_every": 1, "measure_every": 1, "verify_limit": 60.0}
-    small |= {"validation_samples": 2, "test_samples": 2, "micro_tokens": 256}
+    small |= {"validation_samples": 2, "test_samples": 2, "micro_tokens": 256, "sampler": "transformers"}
     committed = params.load("kdrl", "fig_real_model", "paper", fig_real_model.Params)
     return dataclasses.replace(committed, **models, **small)
 

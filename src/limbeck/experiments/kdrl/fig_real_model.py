@@ -15,7 +15,6 @@ from limbeck.experiments.kdrl import curves, imitation, language, objective, rea
 from limbeck.experiments.kdrl.language import Words
 from limbeck.experiments.kdrl.real_models import TEACHER, Bench, Steps
 from limbeck.params import positive
-from limbeck.sampling import Sampled
 from limbeck.training import grpo, learner, rollouts
 
 _MEASURED = ("start", TEACHER)  # arms that are not trained
@@ -87,7 +86,7 @@ def _train(arm: str, seed: int, params: Params, bench: Bench) -> Steps:
     aim = objective.of(method, kd_coef=params.kd_coef, **options)
     chosen = {name: getattr(params, name) for name in _SETTINGS}
     settings = learner.Settings(**chosen, seed=seed, split_every=params.measure_every)
-    sampler = Sampled(student if own else teacher, data.end, params.temperature, dtype)
+    sampler = data.sampler(student if own else teacher, dtype)
     scorer = teacher if method.taught else None
     runner = learner.Run(student, sampler, data.verifier(), scorer, settings, dtype)
     source = seeding.generator(seed, "prompts")

@@ -15,15 +15,17 @@ from transformers import PreTrainedModel
 
 from limbeck import language_models
 from limbeck.params import one_of, positive
-from limbeck.sampling import Sampled, Tokens
+from limbeck.sampling import Sampled, Sampler, Tokens
 from limbeck.tasks import chain_sum, classification, gsm_symbolic, mathematics
 from limbeck.tasks.isolated import Isolated
 from limbeck.training.rollouts import Problem, Verdict
+from limbeck.vllm_sampling import VllmSampled
 
 Example = chain_sum.Example | gsm_symbolic.Example | mathematics.Example
 Judge = Callable[[Example, str], float]
 TASKS = ("chain_sum", "gsm_symbolic")
 MATHEMATICS = "math/"
+SAMPLERS = ("transformers", "vllm")
 _COLD = 1e-3  # a temperature at which all but a tie takes the most probable token
 
 
@@ -49,6 +51,7 @@ class Section:
     data_seed: int
     longest: int
     temperature: float
+    sampler: str
     prompts: int
     test_samples: int
 
@@ -56,6 +59,7 @@ class Section:
         """Check what no type can."""
         if not self.task.startswith(MATHEMATICS):
             one_of("task", self.task, (*TASKS, f"{MATHEMATICS}<data set>"))
+        one_of("sampler", self.sampler, SAMPLERS)
         for name in ("terms", "digits", "columns"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"received {name} {getattr(self, name)}, expected two")
@@ -92,6 +96,13 @@ class Words:
     def end(self) -> int:
         """The token that ends a completion."""
         return self.tokenizer.eos_token_id
+
+    def sampler(self, model: PreTrainedModel, dtype: torch.dtype, temperature: float | None = None) -> Sampler:
+        """Who samples from a model, at the section's temperature if there is no other."""
+        temperature = temperature or self.section.temperature
+        if self.section.sampler == "vllm":
+            return VllmSampled(model, self.end, temperature)
+        return Sampled(model, self.end, temperature, dtype)
 
     def problem(self, example: Example) -> Problem:
         """The question in the model's chat template, or with a space behind; its stream is named by the question."""
@@ -135,7 +146,7 @@ class Words:
 
         As many prompts go together as in a training step. Raises ValueError if nothing could be judged.
         """
-        sampler = Sampled(model, self.end, temperature or self.section.temperature, dtype)
+        sampler = self.sampler(model, dtype, temperature)
         options = {"group_size": samples, "longest": self.section.longest, "seed": seed}
         rewards, lengths, ended = [], [], []
         for start in range(0, len(examples), self.section.prompts):
