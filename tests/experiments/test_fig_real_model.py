@@ -19,7 +19,7 @@ from limbeck.training import grpo, rollouts
 SCORES = {f"test/{name}" for name in ("accuracy", "length", "ended", "unjudged", "greedy")}
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} =>{% endif %}"
 ANSWERS = ("one of 1", "one of 2")
-FILES = ("student.safetensors", "teacher.safetensors")
+FILE = "teacher.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,10 @@ def check(found, section):
 
 def test_the_smoke_section_runs_and_needs_no_asset(ran):
     found, folder, section = ran
-    assert [run["cell"] for run in found[:2]] == [
-        {"phase": "begin", "arm": name, "seed": 0} for name in ("student", "teacher")
-    ]
-    for run, file, steps in zip(found, FILES, (section.student_steps, section.teacher_steps), strict=False):
-        assert (folder / file).is_file()
-        assert "validation/accuracy" in run["metrics"]
-        assert len(run["curve"]["loss/ce"]) == steps
+    assert found[0]["cell"] == {"phase": "teacher", "arm": "teacher", "seed": 0}
+    assert (folder / FILE).is_file()
+    assert "validation/accuracy" in found[0]["metrics"]
+    assert len(found[0]["curve"]["loss/ce"]) == section.further_steps
     final = check(found, section)
     assert final["kd_then_rl"]["metrics"]["kd/switch"] == 2.0, "nothing rose"
     assert all(cell.inputs["assets"] == [] for cell in fig_real_model.cells(section, (0,)))
@@ -77,40 +74,22 @@ def test_the_smoke_section_runs_and_needs_no_asset(ran):
     assert len(own) == 1, "before the first step, arms have the same completions"
 
 
-def test_student_and_teacher_are_one_untouched_model_but_for_its_last_layers_each_in_its_way(ran):
+def test_the_teacher_is_the_student_but_for_its_last_layers(ran):
     _, folder, section = ran
     made = bench(section, folder)
-    untouched = dict(made.untouched().named_parameters())
-    last = {name for name in untouched if ".layers." in name or name == "model.norm.weight"}
-    others = []
-    for model, file in zip((made.student(), made.teacher()), FILES, strict=True):
-        saved, weights = load_file(folder / file), dict(model.named_parameters())
-        assert {name for name, weight in weights.items() if not torch.equal(weight, untouched[name])} == last
-        assert set(saved) == last
-        others.append(weights["model.norm.weight"])
-        if "student" in file:
-            assert {name for name, weight in weights.items() if weight.requires_grad} == last
-    assert not torch.equal(*others)
+    student, teacher = (dict(model.named_parameters()) for model in (made.student(), made.teacher()))
+    last = {name for name in student if ".layers." in name or name == "model.norm.weight"}
+    assert {name for name, weight in teacher.items() if not torch.equal(weight, student[name])} == last
+    assert set(load_file(folder / FILE)) == last
+    assert {name for name, weight in student.items() if weight.requires_grad} == last
 
 
-def test_a_student_that_is_not_fine_tuned_is_the_untouched_one(section, tmp_path):
-    bare = dataclasses.replace(section, student_steps=0)
-    assert [cell.leaves for cell in fig_real_model.cells(bare, (0,))][:2] == [FILES[1:], ()]
-    made = bench(bare, tmp_path)
-    for one, other in zip(made.student().parameters(), made.untouched().parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_models_are_fine_tuned_on_solutions_of_problems_that_no_arm_meets(section, tmp_path):
+def test_the_teacher_is_fine_tuned_on_solutions_of_problems_that_no_arm_meets(section, tmp_path):
     """The batches' losses at no rate are the mean over the solutions' tokens, row by row."""
-    long = dataclasses.replace(section, student_steps=6, further_batch=4, further_learning_rate=1e-9)
+    long = dataclasses.replace(section, further_steps=6, further_batch=4, further_learning_rate=1e-9)
     made, seen = bench(long, tmp_path), []
-    drawn, other = (
-        rollouts.batches(24, size=4, steps=6, source=seeding.generator(0, "further", name))
-        for name in ("student", "teacher")
-    )
-    assert drawn != other
-    model = made.untouched()
+    drawn = rollouts.batches(24, size=4, steps=6, source=seeding.generator(0, "further"))
+    model = made.student()
     for rows in drawn:
         said = []
         for row in rows:
@@ -126,15 +105,15 @@ def test_models_are_fine_tuned_on_solutions_of_problems_that_no_arm_meets(sectio
 
 def test_with_trained_layers_0_all_parameters_are_trained(section, tmp_path):
     whole = dataclasses.replace(section, trained_layers=0)
-    assert all(weight.requires_grad for weight in bench(whole, tmp_path).untouched().parameters())
+    assert all(weight.requires_grad for weight in bench(whole, tmp_path).student().parameters())
 
 
-@pytest.mark.parametrize(("phase", "arm"), [("begin", "student"), ("begin", "teacher"), ("final", "kdrl")])
+@pytest.mark.parametrize(("phase", "arm"), [("teacher", "teacher"), ("final", "kdrl")])
 def test_a_killed_cell_goes_on_to_the_same_bits(ran, tmp_path, phase, arm):
     found, folder, section = ran
     whole = cells.pick(found, phase=phase, arm=arm)
-    for file in FILES if phase == "final" else ():
-        (tmp_path / file).write_bytes((folder / file).read_bytes())
+    if phase == "final":
+        (tmp_path / FILE).write_bytes((folder / FILE).read_bytes())
     cell, where = cell_of(section, arm, phase), cells.place(tmp_path, "cut")
     assert cells.drive(fig_real_model, section, cell, where, kill_at=2) is None
     torch.rand(7)
@@ -175,9 +154,9 @@ def test_all_arms_of_a_seed_meet_the_same_prompts_and_rows_come_once_an_epoch(ra
 def test_cells_have_the_seeds_that_were_asked_for_and_an_added_seed_changes_none(section):
     two = dataclasses.replace(section, replicates=2)
     one, both = fig_real_model.cells(section, (5, 6)), fig_real_model.cells(two, (5, 6))
-    assert {cell.coordinates["seed"] for cell in one[2:]} == {5}
+    assert {cell.coordinates["seed"] for cell in one[1:]} == {5}
     assert [cell for cell in both if cell.coordinates["seed"] != 6] == one
-    assert [cell.turn for cell in one] == [0, 0] + [1] * len(section.arms)
+    assert [cell.turn for cell in one] == [0] + [1] * len(section.arms)
     with pytest.raises(ValueError, match=r"received the seeds \(5,\), expected at least 2"):
         fig_real_model.cells(two, (5,))
 
@@ -191,7 +170,7 @@ def test_what_is_only_measured_is_sampled_anew_for_every_seed(ran):
 
 
 def test_a_teacher_that_has_a_name_is_not_trained_here(section):
-    other = dataclasses.replace(section, teacher="llama-1x32", student_steps=0, teacher_steps=0, taught_size=0)
+    other = dataclasses.replace(section, teacher="llama-1x32", further_steps=0, taught_size=0)
     assert {cell.coordinates["phase"] for cell in fig_real_model.cells(other, (0,))} == {"final"}
 
 
@@ -303,7 +282,7 @@ def test_prompts_are_in_the_models_chat_template(pair, tmp_path):
         ({"kd_coef": 0.0}, "kd_coef must be above 0, got 0.0"),
         ({"further_batch": 0}, "further_batch must be above 0, got 0"),
         ({"taught_size": 0}, "taught_size must be above 0, got 0"),
-        ({"teacher_steps": 0}, "teacher_steps must be above 0, got 0"),
+        ({"further_steps": 0}, "further_steps must be above 0, got 0"),
         ({"validation_samples": 0}, "validation_samples must be above 0, got 0"),
     ],
 )

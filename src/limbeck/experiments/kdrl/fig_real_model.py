@@ -13,7 +13,7 @@ from limbeck import assets, models, seeding
 from limbeck.experiments.cells import Cell, Place
 from limbeck.experiments.kdrl import curves, imitation, language, objective, real_models
 from limbeck.experiments.kdrl.language import Words
-from limbeck.experiments.kdrl.real_models import TEACHER, Bench, Steps
+from limbeck.experiments.kdrl.real_models import FURTHER, TEACHER, Bench, Steps
 from limbeck.params import positive
 from limbeck.training import grpo, learner, rollouts
 
@@ -48,14 +48,14 @@ def _switches(arm: str) -> bool:
 
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
-    """The models that are fine-tuned here, then every arm by seed. Raises ValueError for too few seeds."""
+    """The teacher, if it is trained here, then every arm by seed. Raises ValueError for too few seeds."""
     if len(seeds) < params.replicates:
         raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
     inputs = {name: value for name, value in asdict(params).items() if name not in ("arms", "replicates")}
     inputs["assets"] = assets.checksums(params.student, params.teacher)
-    found = [
-        Cell({"phase": "begin", "arm": name, "seed": 0}, inputs, (imitation.file_of(name),)) for name in params.begun
-    ]
+    found = []
+    if params.teacher == FURTHER:
+        found.append(Cell({"phase": "teacher", "arm": TEACHER, "seed": 0}, inputs, (imitation.file_of(TEACHER),)))
     for seed in seeds[: params.replicates]:
         for arm in params.arms:
             found.append(Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, turn=1 + _switches(arm)))
@@ -67,8 +67,8 @@ def run(cell: Cell, params: Params, place: Place) -> Steps:
     arm, seed = cell.coordinates["arm"], cell.coordinates["seed"]
     with language.judge(params) as judge:
         bench = Bench(params, place, Words(params, judge))
-        if cell.coordinates["phase"] == "begin":
-            return (yield from real_models.fine_tune(bench, arm))
+        if cell.coordinates["phase"] == "teacher":
+            return (yield from real_models.train_teacher(bench))
         if arm not in _MEASURED:
             return (yield from _train(arm, seed, params, bench))
         model = bench.student() if arm != TEACHER else bench.teacher()

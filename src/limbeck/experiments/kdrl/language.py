@@ -34,7 +34,7 @@ class Section:
     """What the problems are, and how a model meets them; sources stand in params/kdrl.yaml.
 
     `terms` and `digits` are those of chain_sum, `columns` and `verify_limit` (seconds a completion) of mathematics;
-    `taught_size` problems are for models that are fine-tuned before the experiment.
+    `taught_size` problems are for a teacher that is fine-tuned before the experiment.
     """
 
     student: str

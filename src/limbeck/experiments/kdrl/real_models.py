@@ -1,7 +1,6 @@
 """A pretrained student and its teacher: a larger model of the same vocabulary, or the student's copy, taught here.
 
-With `student_steps` above 0 the student too is fine-tuned here first, so that it writes as its teacher does: the
-paper's student had learnt from long solutions before. Both learn from problems that no arm meets.
+A teacher that is taught here learns from problems that no arm meets.
 """
 
 from collections.abc import Generator
@@ -19,21 +18,20 @@ from limbeck.params import positive
 from limbeck.training import learner, resume, rollouts, supervised
 
 FURTHER = "further"
-STUDENT, TEACHER = "student", "teacher"
+TEACHER = "teacher"
 Steps = Generator[dict[str, float], None, Result]
 
 
 @dataclass(frozen=True)
 class Section(language.Section):
-    """Both models; `further_` is of the fine-tuning of either, `teacher_steps` of a teacher called `further`.
+    """Both models; `further_` is of a teacher called `further`.
 
     Of a model that is trained, here or in an arm, the last `trained_layers` layers are; 0 stands for all parameters.
     """
 
     teacher: str
     trained_layers: int
-    student_steps: int
-    teacher_steps: int
+    further_steps: int
     further_batch: int
     further_learning_rate: float
     clip_norm: float
@@ -44,15 +42,8 @@ class Section(language.Section):
         """Check what no type can."""
         super().__post_init__()
         positive(validation_samples=self.validation_samples)
-        if self.begun:
-            positive(taught_size=self.taught_size, further_batch=self.further_batch)
-        if TEACHER in self.begun:
-            positive(teacher_steps=self.teacher_steps)
-
-    @property
-    def begun(self) -> tuple[str, ...]:
-        """Which of the models are fine-tuned here."""
-        return (STUDENT,) * (self.student_steps > 0) + (TEACHER,) * (self.teacher == FURTHER)
+        if self.teacher == FURTHER:
+            positive(further_steps=self.further_steps, further_batch=self.further_batch, taught_size=self.taught_size)
 
 
 @dataclass(frozen=True)
@@ -85,24 +76,17 @@ class Bench:
         return Result(metrics, curve or {}, count, str(self.dtype(model)).removeprefix("torch."))
 
     def student(self) -> PreTrainedModel:
-        """The student at its start, the same for every seed."""
-        return self._begun(STUDENT) if STUDENT in self.section.begun else self.untouched()
-
-    def teacher(self) -> PreTrainedModel:
-        """The teacher. Raises ValueError if its vocabulary is not the student's."""
-        if TEACHER in self.section.begun:
-            return self._begun(TEACHER)
-        tokenizer = language_models.load_tokenizer(self.section.teacher, self.data.texts)
-        learner.require_one_vocabulary(self.data.tokenizer, tokenizer)
-        return self._loaded(self.section.teacher)
-
-    def untouched(self) -> PreTrainedModel:
-        """The student as it is loaded; what is not trained is frozen."""
+        """The student at its start, the same for every seed; what is not trained is frozen."""
         model, layers = self._loaded(self.section.student), self.section.trained_layers
         return language_models.train_last_layers(model, layers) if layers else model
 
-    def _begun(self, name: str) -> PreTrainedModel:
-        return imitation.restore(self.untouched(), self.place.checkpoints, name)
+    def teacher(self) -> PreTrainedModel:
+        """The teacher. Raises ValueError if its vocabulary is not the student's."""
+        if self.section.teacher == FURTHER:
+            return imitation.restore(self.student(), self.place.checkpoints, TEACHER)
+        tokenizer = language_models.load_tokenizer(self.section.teacher, self.data.texts)
+        learner.require_one_vocabulary(self.data.tokenizer, tokenizer)
+        return self._loaded(self.section.teacher)
 
     def _loaded(self, name: str) -> PreTrainedModel:
         """A model without the rows that pad its vocabulary: no token stands for them, and sizes of Qwen2 differ there.
@@ -116,16 +100,16 @@ class Bench:
         return model.to(self.place.device)
 
 
-def fine_tune(bench: Bench, name: str) -> Steps:
-    """Fine-tune a copy of the student on worked solutions, as student or as teacher; leave the weights that changed."""
-    section, data, model = bench.section, bench.data, bench.untouched()
+def train_teacher(bench: Bench) -> Steps:
+    """Fine-tune a copy of the student on worked solutions; leave the weights that changed."""
+    section, data, model = bench.section, bench.data, bench.student()
     asked = [data.problem(example).prompt for example in data.taught]
     said = [data.worked(example) for example in data.taught]
-    steps, size = section.student_steps if name == STUDENT else section.teacher_steps, section.further_batch
-    source = seeding.generator(0, "further", name)
-    drawn = [torch.tensor(rows) for rows in rollouts.batches(len(asked), size=size, steps=steps, source=source)]
+    sizes = {"size": section.further_batch, "steps": section.further_steps}
+    found = rollouts.batches(len(asked), **sizes, source=seeding.generator(0, "further"))
+    drawn = [torch.tensor(rows) for rows in found]
     loss, weights = imitation.loss_of(model, asked, said, bench.dtype(model)), models.trainable(model)
     options = {"clip_norm": section.clip_norm, "state": bench.place.state, "save_every": section.save_every}
     curve = yield from supervised.fit(weights, loss, drawn, learning_rate=section.further_learning_rate, **options)
-    resume.write_tensors(bench.place.checkpoints / imitation.file_of(name), dict(weights))
+    resume.write_tensors(bench.place.checkpoints / imitation.file_of(TEACHER), dict(weights))
     return bench.result(model, bench.validation(model), curve, weights)
