@@ -10,13 +10,13 @@ from limbeck import closure, paths
 
 BELOW = {
     "losses": {"losses", "seeding"},
-    "tasks": {"tasks", "assets", "carriers", "paths", "seeding"},
+    "tasks": {"tasks", "assets", "carriers", "params", "paths", "seeding"},
     "training": {"training", "losses", "sampling", "models", "assets", "carriers", "paths", "seeding"},
     "sampling": {"sampling", "models", "assets", "carriers", "paths", "seeding"},
     "models": {"models", "assets", "carriers", "paths", "seeding"},
     "language_models": {"language_models", "models", "assets", "carriers", "paths", "seeding"},
-    "answers": {"answers", "models", "tasks", "assets", "carriers", "paths", "seeding"},
-    "evaluation": {"evaluation", "models", "tasks", "assets", "carriers", "paths", "seeding"},
+    "answers": {"answers", "models", "tasks", "assets", "carriers", "params", "paths", "seeding"},
+    "evaluation": {"evaluation", "models", "tasks", "assets", "carriers", "params", "paths", "seeding"},
 }
 EXHIBITS = ("records", "intervals", "rules", "claims", "figures", "readme")
 
@@ -39,7 +39,7 @@ def test_a_layer_knows_only_what_lies_below_it(layer):
 
 
 def test_experiments_know_no_figures_and_write_only_through_the_ledger():
-    for module in modules("experiments/sinkd"):
+    for module in [*modules("experiments/sinkd"), *modules("experiments/kdrl")]:
         assert not parts(module) & {"figures", "claims", "notebooks", "readme", "records"}, module
 
 
