@@ -23,6 +23,7 @@ from limbeck import seeding
 from limbeck.sampling import Completions, Tokens, require_room
 
 _MEMORY = 0.3  # share of the GPU for an engine: policy, teacher and optimiser lie beside it
+_COLDEST = 0.01  # vLLM samples no colder; 0 takes the most probable token
 _engines: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
 
 
@@ -51,7 +52,8 @@ class VllmSampled:
         from vllm import SamplingParams  # noqa: PLC0415  (where it is installed)
 
         require_room(self.model, prompts, longest)
-        options = {"n": group_size, "temperature": self.temperature, "max_tokens": longest, "logprobs": 0}
+        warmth = self.temperature if self.temperature >= _COLDEST else 0.0
+        options = {"n": group_size, "temperature": warmth, "max_tokens": longest, "logprobs": 0}
         options |= {"stop_token_ids": [self.end], "ignore_eos": True, "detokenize": False}
         draws = [
             SamplingParams(**options, seed=int(seeding.bits(seed, "rollout", name, n=1)[0] >> 1)) for name in names

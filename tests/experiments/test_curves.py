@@ -5,6 +5,7 @@ from limbeck.experiments.kdrl import curves
 CURVE = {
     "validation/accuracy": [0.25, 0.75, 0.5],
     "optimiser/gradient_norm": [1.0, 6.0, 2.0],
+    "optimiser/gradient_norm_max": [50.0, 7.0, 8.0],
     "rollout/reward": [0.25, 0.875, 0.5],
     "rollout/tokens": [100.0, 200.0, 300.0],
     "kd/kept": [1.0, 0.25, 0.5],
@@ -43,7 +44,7 @@ def test_a_summary_says_where_a_run_ended_how_fast_and_how_steadily():
         "train/steps_to_target": 20.0,
         "train/tokens_to_target": 3000.0,
         "train/reward_drop": 0.375,
-        "train/norm_peak": 3.0,
+        "train/norm_peak": 4.0,
         "kd/kept_change": -0.5,
     }
 
@@ -58,12 +59,14 @@ def test_a_target_is_reached_at_its_score_and_one_that_is_not_counts_as_all_step
 
 def test_a_run_without_gradients_or_a_teacher_has_no_peak_and_no_change():
     still = {name: values for name, values in CURVE.items() if name != "kd/kept"}
-    found = curves.summary(still | {"optimiser/gradient_norm": [0.0, 0.0, 0.0]}, **SIZE)
+    norms = {name: [0.0, 0.0, 0.0] for name in ("optimiser/gradient_norm", "optimiser/gradient_norm_max")}
+    found = curves.summary(still | norms, **SIZE)
     assert (found["train/norm_peak"], found["kd/kept_change"]) == (0.0, 0.0)
 
 
 def test_the_early_score_is_the_mean_over_the_first_quarter_of_the_steps():
     scores = [0.125, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
-    flat = dict.fromkeys(("optimiser/gradient_norm", "rollout/reward", "rollout/tokens"), [1.0] * 8)
+    norms = ("optimiser/gradient_norm", "optimiser/gradient_norm_max")
+    flat = dict.fromkeys((*norms, "rollout/reward", "rollout/tokens"), [1.0] * 8)
     found = curves.summary({"validation/accuracy": scores, **flat}, steps=80, window=10, target=0.6)
     assert found["validation/early"] == 0.1875

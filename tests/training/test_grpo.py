@@ -197,6 +197,9 @@ def test_the_terms_gradients_are_told_apart_every_few_steps():
     assert records[0]["gradient/cosine"] == pytest.approx(torch.cosine_similarity(*apart, dim=0).item(), rel=1e-6)
     assert [("gradient/kd" in record) for record in records] == [True, False, True, False]
     assert len(curve["gradient/kd"]) == 2
+    norms = [record["optimiser/gradient_norm"] for record in records]
+    size = len(records) // len(curve["loss/kd"])
+    assert curve["optimiser/gradient_norm_max"] == [max(norms[at : at + size]) for at in range(0, len(norms), size)]
     _, _, unsplit = train(make(split_every=100), 4)
     _, _, split = train(make(split_every=1), 4)
     for name, weight in unsplit.items():

@@ -35,9 +35,9 @@ def fit(
 ) -> Generator[Metrics, None, Curve]:
     """Train on the problems of each step, one rollout a `next`; returns the curve, a mean a window of `save_every`.
 
-    The curve also holds what `measure` says at the end of each window. There the run is saved to `state`, if there is
-    one, and a later call with the same arguments goes on from it, to the bit. AdamW at a constant rate, betas (0.9,
-    0.999), no weight decay, clipped gradients.
+    The curve also holds the largest gradient norm of each window, as `optimiser/gradient_norm_max`, and what `measure`
+    says at its end. There the run is saved to `state`, if there is one, and a later call with the same arguments goes
+    on from it, to the bit. AdamW at a constant rate, betas (0.9, 0.999), no weight decay, clipped gradients.
     """
     settings = run.settings
     optimiser = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
@@ -57,7 +57,8 @@ def fit(
             for name in dict.fromkeys(name for entry in window for name in entry):
                 values = [entry[name] for entry in window if name in entry]
                 curve.setdefault(name, []).append(sum(values) / len(values))
-            for name, value in (measure() if measure else {}).items():
+            largest = {"optimiser/gradient_norm_max": max(entry["optimiser/gradient_norm"] for entry in window)}
+            for name, value in (largest | (measure() if measure else {})).items():
                 curve.setdefault(name, []).append(value)
             window = []
             if state:

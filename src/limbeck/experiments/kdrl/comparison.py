@@ -1,9 +1,10 @@
 """A comparison of arms on chain_sum: students x teachers x arms x seeds, all with the same start and prompts.
 
 A seed fixes every step's prompts and every sample's random numbers, for every arm. Each arm that mixes the teacher with
-the reward has its weight chosen from one grid, by validation accuracy after a run of `selection_seed` (`annealed` arms
-take their constant form's, by the paper's ratios); with `sweep`, the whole grid is run instead. `kd_then_rl` switches
-where `kd`, of the same seed, stopped rising on validation. Test splits are read after the last step and choose nothing.
+the reward has its weight chosen from `kd_coefs`, where there are several, by validation accuracy after a run of
+`selection_seed` (`annealed` arms take their constant form's, by the paper's ratios); with `sweep`, the whole grid is
+run instead. `kd_then_rl` switches where `kd`, of the same seed, stopped rising on validation, and keeps Adam's moments.
+Test splits are read after the last step and choose nothing.
 """
 
 from collections.abc import Generator, Sequence

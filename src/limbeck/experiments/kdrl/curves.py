@@ -19,9 +19,14 @@ def stopped(scores: list[float]) -> int:
 
 
 def summary(curve: Curve, *, steps: int, window: int, target: float) -> dict[str, float]:
-    """How a run went: where it ended, how fast, how steadily. A target that is not reached counts as all steps."""
+    """How a run went: where it ended, how fast, how steadily. A target that is not reached counts as all steps.
+
+    Rewards, tokens and lengths are those of the texts that the run learns from: for SFT, the teacher's. `norm_peak` is
+    the largest gradient norm after the first window, over the median of the windows' means.
+    """
     scores, rewards = curve["validation/accuracy"], curve["rollout/reward"]
-    norms, kept = curve["optimiser/gradient_norm"], curve.get("kd/kept", [0.0])
+    norms, peaks = curve["optimiser/gradient_norm"], curve["optimiser/gradient_norm_max"]
+    kept = curve.get("kd/kept", [0.0])
     last = ends(steps, window)
     sizes = [end - start for start, end in zip([0, *last], last, strict=False)]
     tokens = [mean * size for mean, size in zip(curve["rollout/tokens"], sizes, strict=True)]
@@ -35,6 +40,6 @@ def summary(curve: Curve, *, steps: int, window: int, target: float) -> dict[str
         "train/steps_to_target": float(last[reached]),
         "train/tokens_to_target": sum(tokens[: reached + 1]),
         "train/reward_drop": max(rewards) - rewards[-1],
-        "train/norm_peak": max(norms) / (statistics.median(norms) or 1.0),
+        "train/norm_peak": max(peaks[1:] or peaks) / (statistics.median(norms) or 1.0),
         "kd/kept_change": kept[-1] - kept[0],
     }

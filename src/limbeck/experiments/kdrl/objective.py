@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from limbeck.losses import divergence, estimates, kdrl, policy
@@ -93,7 +94,7 @@ def of(method: Arm, *, kd_coef: float, steps: int, switch: int | None = None, me
 
 
 def _coefficient(method: Arm, kd_coef: float, step: int, steps: int) -> float:
-    """The teacher's weight at a step: 1 where it is alone, since Adam divides a common factor out."""
+    """The teacher's weight at a step: 1 where it is alone, since Adam divides a common factor out, unless clipped."""
     if method.kd is None:
         return 0.0
     if not method.reward:
@@ -157,7 +158,7 @@ def _kd(kind: str, rollout: Rollout, scores: Scores) -> Tensor:
 
 
 def _entropy(scores: Scores, weights: Tensor) -> Terms:
-    """The mean entropy of the policy's next token, in nats; measured, without gradient."""
+    """The mean entropy of the policy's next token, in nats, on the texts it learns from; measured, without gradient."""
     logprobs = scores.logits.detach().log_softmax(-1)
     return {
         "policy/entropy": policy.weighted_sum(
@@ -166,8 +167,14 @@ def _entropy(scores: Scores, weights: Tensor) -> Terms:
     }
 
 
+def _quantiles(sizes: Tensor) -> Metrics:
+    """By numpy, since torch refuses more than 2^24 values."""
+    high = np.quantile(sizes.cpu().numpy(), (0.95, 0.99))
+    return {"kd/size_95": float(high[0]), "kd/size_99": float(high[1])}
+
+
 def _known(method: Arm, coef: float, rollout: Rollout, keep: Tensor, shares: Tensor) -> Metrics:
-    """Of the teacher: its weight, whom it teaches, its log-ratio R, and how often R turns an advantage around."""
+    """Of the teacher: its weight, whom it teaches, its log-ratio R, and how often, in k2, R turns an advantage."""
     if rollout.teacher_logprobs is None:
         return {}
     ratios = (rollout.teacher_logprobs - rollout.old_logprobs)[rollout.mask].double()
@@ -177,10 +184,9 @@ def _known(method: Arm, coef: float, rollout: Rollout, keep: Tensor, shares: Ten
         "kd/kept": keep.double().mean().item(),
         "kd/k1": -ratios.mean().item(),
         "kd/size": sizes.mean().item(),
-        "kd/size_95": sizes.quantile(0.95).item(),
-        "kd/size_99": sizes.quantile(0.99).item(),
+        **_quantiles(sizes),
     }
-    if method.reward and method.kd not in kdrl.PLACEMENTS:
+    if method.reward and method.kd == "k2":
         advantages = _advantages(method, coef, rollout)[:, None].expand_as(rollout.mask)[rollout.mask].double()
         together = policy.token_weights(rollout.mask)[rollout.mask] * advantages + coef * shares[rollout.mask] * ratios
         found["kd/flipped"] = (advantages * together < 0).double().mean().item()
