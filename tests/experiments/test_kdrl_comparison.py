@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import cells
 from limbeck import params, paths, records, seeding
-from limbeck.experiments.kdrl import comparison, curves, table_main, table_starts
+from limbeck.experiments.kdrl import comparison, curves, lines, table_main, table_starts
 from limbeck.experiments.kdrl.chains import Chains
 from limbeck.training import grpo
 
@@ -116,11 +116,11 @@ def test_an_arm_takes_the_weight_that_was_best_on_the_validation_split(section, 
         other = run["cell"]["arm"] != WEIGHED[arm]
         score = 0.75 if (run["cell"]["kd_coef"] == section.kd_coefs[best]) != other else 0.25
         altered.append(run | {"metrics": run["metrics"] | {"validation/accuracy": score}})
-    chosen = comparison._coefficient(final(section, arm).coordinates, section, cells.place(folder, "x", altered))
+    chosen = comparison._coefficient(final(section, arm).coordinates, cells.place(folder, "x", altered))
     assert chosen == section.kd_coefs[best]
 
 
-def test_of_equals_the_smallest_weight_is_taken_and_each_pair_chooses_for_itself(section):
+def test_of_equals_the_smallest_weight_is_taken_and_each_pair_chooses_for_itself():
     scores = {("near", 0.3): 0.5, ("near", 0.1): 0.75, ("near", 1.0): 0.75, ("far", 1.0): 1.0, ("far", 0.1): 0.0}
     found = [
         {
@@ -130,11 +130,9 @@ def test_of_equals_the_smallest_weight_is_taken_and_each_pair_chooses_for_itself
         for (teacher, coef), score in scores.items()
     ]
     where, at = cells.place(Path(), "x", found), {"phase": "final", "student": "s", "arm": "k3", "seed": 0}
-    assert comparison._coefficient(at | {"teacher": "near"}, section, where) == 0.1
-    assert comparison._coefficient(at | {"teacher": "far"}, section, where) == 1.0
-    assert comparison._coefficient(at | {"teacher": "far", "kd_coef": 0.3}, section, where) == 0.3
-    alone = dataclasses.replace(section, kd_coefs=(0.02,))
-    assert comparison._coefficient(at | {"teacher": "far"}, alone, cells.place(Path(), "x")) == 0.02
+    assert comparison._coefficient(at | {"teacher": "near"}, where) == 0.1
+    assert comparison._coefficient(at | {"teacher": "far"}, where) == 1.0
+    assert comparison._coefficient(at | {"teacher": "far", "kd_coef": 0.3}, where) == 0.3
 
 
 def as_if(found, seed):
@@ -294,18 +292,20 @@ def test_start_and_teacher_are_the_models_as_they_were_left(section, ran, begun,
     assert cells.pick(begun[0], arm=name)["metrics"]["test/greedy"] == run["metrics"]["test/greedy"]
 
 
-def test_the_choice_comes_first_and_kd_then_rl_last_and_a_sweep_runs_every_weight_to_the_end(section):
+def test_the_choice_comes_first_and_kd_then_rl_last_and_an_arm_with_its_weight_waits_for_no_choice(section):
     found = table_main.cells(section, (0, 1))
     turns = [(cell.coordinates["phase"], cell.coordinates["arm"] == "kd_then_rl", cell.turn) for cell in found]
     assert set(turns) == {("selection", False, 0), ("final", False, 1), ("final", True, 2)}
     assert [turn for *_, turn in turns] == sorted(turn for *_, turn in turns)
-    swept = table_main.cells(dataclasses.replace(section, sweep=True), (0, 1))
-    assert {cell.coordinates["phase"] for cell in swept} == {"final"}
-    for arm in ARMS:
-        coefs = [cell.coordinates.get("kd_coef") for cell in swept if cell.coordinates["arm"] == arm]
-        assert sorted(coefs, key=str) == sorted(2 * (section.kd_coefs if arm in WEIGHED else (None,)), key=str)
-    alone = table_main.cells(dataclasses.replace(section, kd_coefs=(0.1,)), (0,))
-    assert len(alone) == len(ARMS)
+    written = ("grpo", "kdrl 0.3", "kdrl 1.0", "k3 2e-3 from base by teacher")
+    alone = table_main.cells(dataclasses.replace(section, arms=written), (0, 1))
+    assert [(c.coordinates["phase"], c.coordinates.get("kd_coef"), c.coordinates["student"]) for c in alone[:4]] == [
+        ("final", None, "student"),
+        ("final", 0.3, "student"),
+        ("final", 1.0, "student"),
+        ("final", 0.002, "base"),
+    ]
+    assert len(alone) == 2 * len(written)
 
 
 def test_another_seed_arm_or_teacher_changes_no_cell_and_a_grid_or_a_step_all(section):
@@ -317,7 +317,7 @@ def test_another_seed_arm_or_teacher_changes_no_cell_and_a_grid_or_a_step_all(se
         return by_name
 
     one = named()
-    for change in ({"seeds": (0, 1)}, {"arms": (*ARMS, "pre")}, {"teachers": ("teacher", "base")}):
+    for change in ({"seeds": (0, 1)}, {"arms": (*ARMS, "pre")}, {"arms": (*ARMS, "kd by base", "kdrl from base")}):
         more = named(**change)
         assert len(more) > len(one)
         assert one.items() <= more.items()
@@ -329,28 +329,62 @@ def test_another_seed_arm_or_teacher_changes_no_cell_and_a_grid_or_a_step_all(se
 def committed():
     """Every section of params/kdrl.yaml that compares arms on chains."""
     sections = yaml.safe_load((paths.PARAMS / "kdrl.yaml").read_text())
-    return [(name, profile) for name, part in sections.items() for profile in part if "students" in part[profile]]
+    return [(name, profile) for name, part in sections.items() for profile in part if "selection_seed" in part[profile]]
 
 
-@pytest.mark.parametrize(("name", "profile"), committed())
+@pytest.mark.parametrize(("name", "profile"), [case for case in committed() if case[0] != "comparisons"])
 def test_every_committed_comparison_has_cells_that_come_after_all_that_they_read(name, profile):
     loaded = params.load("kdrl", name, profile, comparison.Params)
     turns = {tuple(cell.coordinates.values()): cell.turn for cell in comparison.cells(loaded, (0, 1))}
     selected = {key[:4] for key in turns if key[0] == "selection"}
     for phase, *pair, arm, seed in (key for key in turns if len(key) == 5):
-        if arm in WEIGHED and len(loaded.kd_coefs) > 1 and not loaded.sweep:
+        if arm in WEIGHED:
             assert ("selection", *pair, WEIGHED[arm]) in selected
         assert arm != "kd_then_rl" or turns[phase, *pair, "kd", seed] < turns[phase, *pair, arm, seed]
     assert all((turn == 0) == (key[0] == "selection") for key, turn in turns.items())
 
 
 @pytest.mark.parametrize(
+    ("written", "line"),
+    [
+        ("grpo", ("student", "teacher", "grpo", None)),
+        ("kdrl 0.3", ("student", "teacher", "kdrl", 0.3)),
+        ("kdrl 2e-3 from weak by terse", ("weak", "terse", "kdrl", 0.002)),
+        ("kd by terse", ("student", "terse", "kd", None)),
+        ("start from weak", ("weak", "teacher", "start", None)),
+        ("raw_student_4 1", ("student", "teacher", "raw_student_4", 1.0)),
+    ],
+)
+def test_an_arm_is_read_as_it_is_written(written, line):
+    assert lines.read(written) == line
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("", "received arm '', expected `method`"),
+        ("kdrl by terse from weak", "received arm 'kdrl by terse from weak', expected `method`"),
+        ("kdrl from", "received arm 'kdrl from', expected `method`"),
+        ("dpo", "received arm 'dpo', expected one of sft, rejection, grpo"),
+        ("kd 0.3", "received arm 'kd 0.3', expected no weight: nothing is weighed in it"),
+        ("start 0.3", "received arm 'start 0.3', expected no weight"),
+        ("kd_then_rl 0.3", "received arm 'kd_then_rl 0.3', expected no weight"),
+    ],
+)
+def test_an_arm_that_is_written_otherwise_is_refused(written, message):
+    with pytest.raises(ValueError, match=message):
+        lines.read(written)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arms": ("grpo", "kd_then_rl")}, r"received arms \('grpo', 'kd_then_rl'\), expected kd among them"),
+        ({"arms": ("grpo", "kd_then_rl")}, r"received kd_then_rl among \('grpo', 'kd_then_rl'\), expected kd too"),
+        ({"arms": ("kd by base", "kd_then_rl")}, r"received kd_then_rl among .* expected kd too"),
+        ({"kd_coefs": ()}, "received kdrl without kd_coefs, expected its weight, or some to choose from"),
         ({"arms": ("grpo", "dpo")}, "received arm 'dpo', expected one of sft, rejection, grpo"),
-        ({"students": ("pupil",)}, "model must be one of teacher, base, student; got 'pupil'"),
-        ({"teachers": ("student", "nothing")}, "model must be one of teacher, base, student; got 'nothing'"),
+        ({"arms": ("kd from pupil",)}, "models of kd from pupil must be one of teacher, base, student; got 'pupil'"),
+        ({"arms": ("kd by nothing",)}, "models of kd by nothing must be one of teacher, base, student; got 'nothing'"),
         ({"steps": 0}, "steps must be above 0, got 0"),
         ({"prompts": 0}, "prompts must be above 0, got 0"),
         ({"validation_samples": 0}, "validation_samples must be above 0, got 0"),

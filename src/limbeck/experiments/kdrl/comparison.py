@@ -1,9 +1,8 @@
-"""A comparison of arms on chain_sum: students x teachers x arms x seeds, all with the same start and prompts.
+"""A comparison of arms on chain_sum, by seed: all on the same prompts, with the same random numbers for each sample.
 
-A seed fixes every step's prompts and every sample's random numbers, for every arm. Each arm that mixes the teacher with
-the reward has its weight chosen from `kd_coefs`, where there are several, by validation accuracy after a run of
-`selection_seed` (`annealed` arms take their constant form's, by the paper's ratios); with `sweep`, the whole grid is
-run instead. `kd_then_rl` switches where `kd`, of the same seed, stopped rising on validation, and keeps Adam's moments.
+Each method that mixes the teacher with the reward, and has no weight of its own, takes the one of `kd_coefs` with the
+best validation accuracy after a run of `selection_seed` (`annealed` ones take their constant form's, by the paper's
+ratios). `kd_then_rl` switches where `kd`, of the same seed, stopped rising on validation, and keeps Adam's moments.
 Test splits are read after the last step and choose nothing.
 """
 
@@ -16,8 +15,9 @@ from transformers import PreTrainedModel
 
 from limbeck import models, seeding
 from limbeck.experiments.cells import Cell, Place, Result
-from limbeck.experiments.kdrl import curves, objective, table_starts
+from limbeck.experiments.kdrl import curves, lines, objective, table_starts
 from limbeck.experiments.kdrl.chains import FAMILIES, Chains
+from limbeck.experiments.kdrl.lines import START, TEACHER, Line
 from limbeck.experiments.kdrl.objective import Arm
 from limbeck.params import one_of, positive
 from limbeck.sampling import Sampled
@@ -25,19 +25,14 @@ from limbeck.training import grpo, learner, rollouts
 from limbeck.training.rollouts import Problem
 
 Steps = Generator[dict[str, float], None, Result]
-_START, _TEACHER = "start", "teacher"  # arms that are not trained
-_NOT_INPUTS = ("students", "teachers", "arms")
 
 
 @dataclass(frozen=True)
 class Params(table_starts.Section):
-    """The section of params/kdrl.yaml; sources stand there."""
+    """The section of params/kdrl.yaml; sources stand there. Arms are written as `lines` says."""
 
-    students: tuple[str, ...]
-    teachers: tuple[str, ...]
     arms: tuple[str, ...]
     kd_coefs: tuple[float, ...]
-    sweep: bool
     selection_seed: int
     steps: int
     prompts: int
@@ -53,77 +48,62 @@ class Params(table_starts.Section):
     def __post_init__(self) -> None:
         """Check what no type can."""
         super().__post_init__()
-        for name in (*self.students, *self.teachers):
-            one_of("model", name, self.names)
-        for arm in set(self.arms) - {_START, _TEACHER}:
-            objective.arm(arm)
-        if "kd_then_rl" in self.arms and "kd" not in self.arms:
-            raise ValueError(f"received arms {self.arms}, expected kd among them: kd_then_rl switches where it stops")
+        for written, line in zip(self.arms, self.lines, strict=True):
+            for name in line.pair.values():
+                one_of(f"models of {written}", name, self.names)
+            if line.mixed and line.kd_coef is None and not self.kd_coefs:
+                raise ValueError(f"received {written} without kd_coefs, expected its weight, or some to choose from")
+            if line.method == "kd_then_rl" and line._replace(method="kd") not in self.lines:
+                raise ValueError(f"received {written} among {self.arms}, expected kd too: it switches where kd stops")
         positive(steps=self.steps, prompts=self.prompts, validation_samples=self.validation_samples)
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """The arms, read."""
+        return tuple(map(lines.read, self.arms))
 
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
-    """The choice of the teacher's weight, then every arm by seed, then the arm that waits for another."""
-    inputs = {name: value for name, value in asdict(params).items() if name not in _NOT_INPUTS}
-    found = []
-    for student in params.students:
-        for teacher in params.teachers:
-            pair = {"student": student, "teacher": teacher}
-            found += _selection(params, pair, inputs) if len(params.kd_coefs) > 1 and not params.sweep else []
-            found += [cell for seed in seeds for cell in _final(params, pair, inputs, seed)]
+    """The choices of the teacher's weight, then every arm by seed, then those that wait for another."""
+    inputs = {name: value for name, value in asdict(params).items() if name != "arms"}
+    chosen = [line for line in params.lines if line.mixed and line.kd_coef is None]
+    choosers = dict.fromkeys(line._replace(method=_chooser(line.method)) for line in chosen)
+    found = [
+        Cell(
+            {"phase": "selection", **line.pair, "arm": line.method, "kd_coef": coef, "seed": params.selection_seed},
+            inputs,
+        )
+        for line in choosers
+        for coef in params.kd_coefs
+    ]
+    for seed in seeds:
+        for line in params.lines:
+            weighed = {} if line.kd_coef is None else {"kd_coef": line.kd_coef}
+            at = {"phase": "final", **line.pair, "arm": line.method, **weighed, "seed": seed}
+            found.append(Cell(at, inputs, turn=2 if line.method == "kd_then_rl" else 1))
     return sorted(found, key=lambda cell: cell.turn)
 
 
-def _selection(params: Params, pair: dict[str, Any], inputs: dict[str, Any]) -> list[Cell]:
-    choosers = dict.fromkeys(_chooser(arm) for arm in params.arms if _mixed(arm))
-    at = {"phase": "selection", **pair}
-    return [
-        Cell({**at, "arm": arm, "kd_coef": coef, "seed": params.selection_seed}, inputs)
-        for arm in choosers
-        for coef in params.kd_coefs
-    ]
-
-
-def _final(params: Params, pair: dict[str, Any], inputs: dict[str, Any], seed: int) -> list[Cell]:
-    found = []
-    for arm in params.arms:
-        turn = 2 if arm == "kd_then_rl" else 1
-        coefs = params.kd_coefs if params.sweep and _mixed(arm) else (None,)
-        for coef in coefs:
-            swept = {} if coef is None else {"kd_coef": coef}
-            found.append(Cell({"phase": "final", **pair, "arm": arm, **swept, "seed": seed}, inputs, turn=turn))
-    return found
-
-
-def _mixed(arm: str) -> bool:
-    """Whether an arm weighs the teacher against the reward at a constant or annealed weight."""
-    if arm in (_START, _TEACHER):
-        return False
-    method = objective.arm(arm)
-    return method.reward and method.taught and method.schedule != "switch"
-
-
-def _chooser(arm: str) -> str:
-    """The arm whose choice an arm takes: an annealed one that of its constant form."""
-    if objective.arm(arm).schedule != "annealed":
-        return arm
-    return "kdrl" if arm == "annealed" else arm.removesuffix("_annealed")
+def _chooser(method: str) -> str:
+    """The method whose choice a method takes: an annealed one that of its constant form."""
+    if objective.arm(method).schedule != "annealed":
+        return method
+    return "kdrl" if method == "annealed" else method.removesuffix("_annealed")
 
 
 def run(cell: Cell, params: Params, place: Place) -> Steps:
     """Train and score one cell; yields once a step."""
     at, data = cell.coordinates, Chains(params)
     folder = place.checkpoints.parent / "table_starts"
-    student, teacher = (
-        table_starts.model_of(params, data, folder, at[name]).to(place.device) for name in ("student", "teacher")
-    )
+    pair = {name: at[name] for name in ("student", "teacher")}
+    student, teacher = (table_starts.model_of(params, data, folder, name).to(place.device) for name in pair.values())
     dtype = models.precision(place.precision, width=student.config.hidden_size, where=place.device)
-    if at["arm"] in (_START, _TEACHER):
+    if at["arm"] in (START, TEACHER):
         yield {"step": 1, "steps": 1}
-        model = student if at["arm"] == _START else teacher
+        model = student if at["arm"] == START else teacher
         return Result(data.test_scores(model, seed=at["seed"], dtype=dtype), dtype=_spelled(dtype))
     method = objective.arm(at["arm"])
-    coef = _coefficient(at, params, place) if _mixed(at["arm"]) else float(method.taught)
+    coef = _coefficient(at, place) if Line(**pair, method=at["arm"], kd_coef=None).mixed else float(method.taught)
     switch = _switch(at, params, place) if method.schedule == "switch" else None
     aim = objective.of(method, kd_coef=coef, steps=params.steps, switch=switch, measure_every=params.measure_every)
     runner = _runner(method, student, teacher, data, params, seed=at["seed"], dtype=dtype)
@@ -181,12 +161,10 @@ def _problems(data: Chains, params: Params, seed: int) -> list[list[Problem]]:
     return [[data.problem(pool[row]) for row in rows] for rows in drawn]
 
 
-def _coefficient(at: dict[str, Any], params: Params, place: Place) -> float:
-    """The teacher's weight in a cell: its own where it is swept or tried, else the chosen one."""
+def _coefficient(at: dict[str, Any], place: Place) -> float:
+    """The teacher's weight in a cell: its own, or the chosen one, of equals the smallest."""
     if "kd_coef" in at:
         return at["kd_coef"]
-    if len(params.kd_coefs) == 1:
-        return params.kd_coefs[0]
     wanted = {"phase": "selection", "student": at["student"], "teacher": at["teacher"], "arm": _chooser(at["arm"])}
     tried = [record for record in place.records if wanted.items() <= record["cell"].items()]
     best = max(tried, key=lambda record: (record["metrics"]["validation/accuracy"], -record["cell"]["kd_coef"]))
