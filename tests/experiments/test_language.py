@@ -111,8 +111,8 @@ def spoken(section, monkeypatch):
     data.model = language_models.load("llama-1x16", data.tokenizer, seed=0)
 
     class Told:
-        def __init__(self, *_):
-            self.settings = _
+        def __init__(self, *settings):
+            self.settings, self.temperature = settings, settings[2]
 
         def __call__(self, prompts, names, *, group_size, longest, seed):
             seen.append((len(prompts), group_size, longest, seed, self.settings[2]))
