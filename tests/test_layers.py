@@ -10,6 +10,7 @@ from limbeck import closure, paths
 
 BELOW = {
     "losses": {"losses", "seeding"},
+    "adapters": {"adapters", "seeding"},
     "tasks": {"tasks", "assets", "carriers", "params", "paths", "seeding"},
     "training": {"training", "losses", "sampling", "models", "assets", "carriers", "paths", "seeding"},
     "sampling": {"sampling", "models", "assets", "carriers", "paths", "seeding"},

@@ -1,0 +1,118 @@
+"""Random bases that no file holds: basis i of a factor is a fixed slice of a counter-based stream (NOLA, Sec. 3).
+
+The paper's code draws its bases one after another from a device's generator, so they change with the device, the dtype
+and the library's version. Here they are words of Philox under the name (seed, "nola", key, factor), whatever was drawn
+before and wherever they go: on the CPU, in float32, then moved and cast.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.special import ndtri
+from torch import Tensor
+
+from limbeck.seeding import bits
+
+GENERATOR = "philox4x64-10, 16 bits a value, 1"  # its name and version: another version draws other bases
+_VALUES_PER_WORD = {"uniform": 4, "normal": 4, "rademacher": 64}
+DISTRIBUTIONS = tuple(_VALUES_PER_WORD)
+_WORDS_PER_COUNTER = 4
+_HEAD = 16  # values of each stream that a checksum covers
+
+
+@functools.cache
+def _normal_table() -> np.ndarray:
+    """The inverse normal CDF at the middles of 65536 equal parts, over sqrt(3)."""
+    return (ndtri((np.arange(65536) + 0.5) / 65536) / math.sqrt(3)).astype(np.float32)
+
+
+def _values(words: np.ndarray, distribution: str) -> np.ndarray:
+    """uint64 words -> float32 of mean 0 and variance 1/3 (to 3e-5), symmetric, lowest bits of a word first."""
+    words = words.astype("<u8", copy=False)
+    if distribution == "rademacher":
+        signs = np.unpackbits(words.view("u1"), bitorder="little").astype(np.float32)
+        return (2 * signs - 1) * np.float32(1 / math.sqrt(3))
+    numbers = words.view("<u2")
+    if distribution == "normal":
+        return _normal_table()[numbers]
+    grid = numbers.astype(np.float32)  # (2 u + 1 - 65536) / 65536, exact in float32 at each step
+    grid *= 2.0**-15
+    grid += 2.0**-16 - 1
+    return grid
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The bases of one factor, without end: basis i has its own words, rounded up to whole counters."""
+
+    seed: int
+    key: str
+    factor: str
+    shape: tuple[int, int]
+    distribution: str = "uniform"
+
+    @property
+    def size(self) -> int:
+        """Values in one basis."""
+        return self.shape[0] * self.shape[1]
+
+    def draw(self, start: int, count: int) -> Float[Tensor, "count size"]:
+        """Bases `start` to `start + count`, flat, of variance 1/3: one contiguous draw."""
+        values_per_counter = _WORDS_PER_COUNTER * _VALUES_PER_WORD[self.distribution]
+        counters = -(-self.size // values_per_counter)
+        words = _WORDS_PER_COUNTER * counters
+        drawn = bits(self.seed, "nola", self.key, self.factor, start=start * words, n=count * words)
+        values = _values(drawn, self.distribution).reshape(count, counters * values_per_counter)[:, : self.size]
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+
+class Bank:
+    """The bases of one model: each stream in memory once, as long as a budget of bytes holds it, else drawn again.
+
+    They are no buffers: they can be drawn at any time, so they are not saved, copied or pickled, and a model that is
+    cast casts no basis. Only bases that a file gave (`save_basis`) are more than a cache.
+    """
+
+    def __init__(self, given: dict[Stream, Float[Tensor, "basis size"]] | None = None):
+        self.given = given or {}
+        self.kept: dict[tuple, Tensor] = {}
+
+    def __getstate__(self) -> dict:
+        return {"given": self.given, "kept": {}}
+
+    def draw(self, stream: Stream, start: int, count: int) -> Float[Tensor, "count size"]:
+        """As the stream draws them, or from the file."""
+        given = self.given.get(stream)
+        return stream.draw(start, count) if given is None else given[start : start + count]
+
+    def chunks(
+        self, stream: Stream, number: int, *, like: Tensor, chunk_size: int, budget: int
+    ) -> Iterator[tuple[int, Float[Tensor, "count size"]]]:
+        """(start, bases) that cover 0 to `number`, on the device and in the dtype of `like`: all in one if kept."""
+        name = (stream, number, like.device, like.dtype)
+        parts = ((start, min(chunk_size, number - start)) for start in range(0, number, chunk_size))
+        held = sum(bases.nbytes for bases in self.kept.values())
+        if name not in self.kept and held + number * stream.size * like.element_size() <= budget:
+            self.kept[name] = like.new_empty(number, stream.size)
+            for start, count in parts:
+                self.kept[name][start : start + count] = self.draw(stream, start, count)
+        if name in self.kept:
+            yield 0, self.kept[name]
+        else:
+            yield from ((start, self.draw(stream, start, count).to(like)) for start, count in parts)
+
+    def checksum(self, streams: Iterable[Stream]) -> bytes:
+        """SHA-256 over the name, the shape and the first values of each stream, in the order of their names."""
+        digest = hashlib.sha256()
+        for stream in sorted(set(streams), key=repr):
+            head = min(_HEAD, stream.size)
+            given = self.given.get(stream)
+            first = replace(stream, shape=(1, head)).draw(0, 1) if given is None else given[:1, :head]
+            digest.update(repr(stream).encode() + first.numpy().astype("<f4").tobytes())
+        return digest.digest()

@@ -1,0 +1,104 @@
+"""A factor of NOLA's update from its coefficients: A = A0 + sum_i alpha_i A_i / sqrt(k), likewise B (NOLA, Sec. 3).
+
+The sum is linear, so its backward needs no coefficient and no basis from the forward: dalpha_i = <dA, A_i> / sqrt(k),
+with the bases drawn again or from memory. Between the two nothing of the size of the bases stays.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from limbeck.adapters.basis import Bank, Stream
+from limbeck.adapters.quantisation import quantised, wide
+
+
+class _Combine(torch.autograd.Function):
+    """The value that the factor has built, tied to the coefficients; the gradient passes any rounding straight."""
+
+    @staticmethod
+    def forward(ctx, coefficients: Tensor, value: Tensor, factor: "Factor") -> Tensor:
+        ctx.factor = factor
+        return value.detach().to(coefficients.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.factor.contract(grad), None, None
+
+
+class Factor:
+    """One factor of the matrices of a layer, each from its own row of coefficients and its own stream.
+
+    Streams may be equal: then the matrices share bases, and one product combines them all. `fixed` are the streams of
+    A0 (of which the first basis counts, at the bound of Kaiming's uniform, 1 / sqrt(rows)), if there is one.
+
+    The built value is kept without its graph until a coefficient changes. Changes through `.data` do not raise a
+    tensor's version, so on the CPU the coefficients themselves are compared too; elsewhere that would wait for the
+    device, and only an assignment to `.data` is noticed.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        streams: tuple[Stream, ...],
+        number: int,
+        *,
+        fixed: tuple[Stream, ...] = (),
+        bits: int | None = None,
+        chunk_size: int = 64,
+        budget: int = 0,
+    ):
+        self.bank, self.streams, self.number, self.fixed, self.bits = bank, streams, number, fixed, bits
+        self.chunk_size, self.budget = chunk_size, budget
+        self._built: tuple | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_built": None}
+
+    def __call__(self, coefficients: Float[Tensor, "matrix basis"]) -> Float[Tensor, "matrix rows cols"]:
+        """The factors, in the coefficients' dtype. Gradient: to the coefficients."""
+        return _Combine.apply(coefficients, self.value(coefficients), self)
+
+    def value(self, coefficients: Float[Tensor, "matrix basis"]) -> Float[Tensor, "matrix rows cols"]:
+        """The same without gradient, in float32 or wider: built at most once for the same coefficients."""
+        version = None if coefficients.is_inference() else coefficients._version
+        mark = (version, coefficients.data_ptr(), coefficients.device, coefficients.dtype, self.bits)
+        if self._built is not None:
+            source, built_mark, snapshot, value = self._built
+            same = source is coefficients and mark == built_mark
+            if same and (coefficients.device.type != "cpu" or torch.equal(snapshot, coefficients)):
+                return value
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(coefficients.device.type, enabled=False):
+            snapshot = coefficients.detach().clone()
+            value = self._build(snapshot.to(wide(snapshot.dtype)))
+        self._built = (coefficients, mark, snapshot, value)
+        return value
+
+    def _bases(self, streams: tuple[Stream, ...], number: int, like: Tensor) -> Iterator[tuple[list[int], int, Tensor]]:
+        """(rows, start, bases): for each stream the rows that have it, and its bases in parts."""
+        for stream in dict.fromkeys(streams):
+            rows = [row for row, other in enumerate(streams) if other == stream]
+            chunks = self.bank.chunks(stream, number, like=like, chunk_size=self.chunk_size, budget=self.budget)
+            yield from ((rows, start, bases) for start, bases in chunks)
+
+    def _build(self, coefficients: Float[Tensor, "matrix basis"]) -> Float[Tensor, "matrix rows cols"]:
+        shape = self.streams[0].shape
+        weights = quantised(coefficients, self.bits) * self.number**-0.5
+        total = coefficients.new_zeros(len(self.streams), shape[0] * shape[1])
+        for rows, _, bases in self._bases(self.fixed, 1, coefficients):
+            total[rows] += bases * shape[0] ** -0.5
+        for rows, start, bases in self._bases(self.streams, self.number, coefficients):
+            total[rows] += weights[rows, start : start + len(bases)] @ bases
+        return total.view(-1, *shape)
+
+    def contract(self, grad: Float[Tensor, "matrix rows cols"]) -> Float[Tensor, "matrix basis"]:
+        """<grad, basis_i> / sqrt(k): what reaches the coefficients."""
+        with torch.autocast(grad.device.type, enabled=False):
+            flat = grad.flatten(1).to(wide(grad.dtype)) * self.number**-0.5
+            found = flat.new_empty(len(flat), self.number)
+            for rows, start, bases in self._bases(self.streams, self.number, flat):
+                found[rows, start : start + len(bases)] = flat[rows] @ bases.T
+        return found.to(grad.dtype)

@@ -1,0 +1,103 @@
+"""What a NOLA adapter is made of; PEFT saves it as adapter_config.json."""
+
+import math
+from dataclasses import dataclass
+
+from peft import PeftConfig
+
+from limbeck.adapters.basis import DISTRIBUTIONS
+from limbeck.adapters.quantisation import require_bits
+
+INITS = ("noop", "mean")
+BLOCKS = ("q", "k", "v")  # the column blocks of a fused projection, in their order
+MAX_SEED = 2**63
+
+
+def _require_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"received {name} {value!r}, expected an integer of at least {least}")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"received {name} {value!r}, expected one of {', '.join(choices)}")
+
+
+@dataclass
+class NolaConfig(PeftConfig):
+    """Delta W = s (A0 + sum_i alpha_i A_i / sqrt(k)) (B0 + sum_j beta_j B_j / sqrt(l)), s = nola_alpha / r.
+
+    num_basis: k = l, or (k, l); the only numbers that are trained and stored, for each matrix. r costs none.
+    init: "noop" (second release: A0 Kaiming-uniform, B0 = 0, alpha = beta = 0, so Delta W = 0) or "mean" (first
+    release: no A0 and B0, alpha = 1 / k, beta = 1 / l). All zeros without A0 would never leave 0, so it is no choice.
+    share_basis: the same bases for all factors of one shape, or others for each module.
+    fused_slices: module name -> which of its column blocks q, k, v of one width get a matrix each, as in GPT-2's
+    c_attn; a layout that interleaves them by head is not meant.
+    quant_bits: coefficients are used and saved at so many bits, with straight-through gradients.
+    cache_bytes: bases stay in memory while they fit, and are else drawn `chunk_size` at a time, twice a step.
+    save_basis: also save the bases, against any change of the generator; the file is then larger than LoRA's.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    r: int = 8
+    num_basis: int | tuple[int, ...] | list[int] = 512  # a list, and lists below, as JSON gives them back
+    nola_alpha: int | float = 8
+    basis_seed: int = 0
+    target_modules: list[str] | set[str] | str | None = None
+    init: str = "noop"
+    share_basis: bool = True
+    basis_distribution: str = "uniform"
+    fused_slices: dict[str, tuple[str, ...] | list[str]] | None = None
+    quant_bits: int | None = None
+    chunk_size: int = 64
+    cache_bytes: int = 2**30
+    save_basis: bool = False
+    exclude_modules: list[str] | set[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "NOLA"
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"received layers_pattern {self.layers_pattern!r}, expected layers_to_transform with it")
+        if isinstance(self.num_basis, list):
+            self.num_basis = tuple(self.num_basis)
+        if isinstance(self.num_basis, tuple) and len(self.num_basis) != 2:
+            raise ValueError(f"received num_basis {self.num_basis!r}, expected an integer or a pair (k, l)")
+        for number in self.numbers:
+            _require_integer("num_basis", number, 1)
+        for name, least in {"r": 1, "chunk_size": 1, "cache_bytes": 0, "basis_seed": 0}.items():
+            _require_integer(name, getattr(self, name), least)
+        if self.basis_seed >= MAX_SEED:
+            raise ValueError(f"received basis_seed {self.basis_seed}, expected less than 2^63")
+        if isinstance(self.nola_alpha, bool) or not 0 < self.nola_alpha < math.inf:
+            raise ValueError(f"received nola_alpha {self.nola_alpha!r}, expected a positive number")
+        _require_choice("init", self.init, INITS)
+        _require_choice("basis_distribution", self.basis_distribution, DISTRIBUTIONS)
+        if self.quant_bits is not None:
+            require_bits(self.quant_bits)
+        self.fused_slices = self._slices()
+
+    def _slices(self) -> dict[str, tuple[str, ...]] | None:
+        for module, names in (self.fused_slices or {}).items():
+            if not names or len(set(names)) < len(names) or not set(names) <= set(BLOCKS):
+                raise ValueError(f"received the slices {names!r} of {module}, expected some of {', '.join(BLOCKS)}")
+        return {module: tuple(names) for module, names in self.fused_slices.items()} if self.fused_slices else None
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """(k, l)."""
+        return self.num_basis if isinstance(self.num_basis, tuple) else (self.num_basis, self.num_basis)
+
+    def slices_of(self, module: str) -> tuple[str, ...] | None:
+        """The column blocks to adapt of the module of this full name, or None to adapt it as one matrix."""
+        for suffix, names in (self.fused_slices or {}).items():
+            if module == suffix or module.endswith(f".{suffix}"):
+                return names
+        return None

@@ -1,0 +1,179 @@
+"""The adapted layers, on PEFT's base: W + s A B beside the frozen layer, or merged into it.
+
+A [in, r] and B [r, out] are the paper's, the input on the left. `nn.Linear` stores W^T [out, in], transformers' Conv1D
+W itself, `nn.Conv2d` W^T as [out, c_in, h, w]: a convolution to r channels, then one of 1 x 1, without unfolding.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from limbeck.adapters.basis import Bank, Stream
+from limbeck.adapters.combination import Factor
+from limbeck.adapters.config import BLOCKS, NolaConfig
+from limbeck.adapters.quantisation import wide
+
+
+class NolaLayer(nn.Module, BaseTunerLayer):
+    """A frozen layer and the coefficients of its adapters: alpha [matrix, k] and beta [matrix, l] each.
+
+    A layer has one matrix, or one for each adapted column block of a fused projection. Coefficients are kept in
+    float32 or wider whatever the base, since they are few; the branch is computed in their dtype, as LoRA's is.
+    """
+
+    adapter_layer_names = ("nola_coefficients_a", "nola_coefficients_b")
+    other_param_names = ("nola_factors", "scaling", "blocks")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.nola_coefficients_a, self.nola_coefficients_b = nn.ParameterDict(), nn.ParameterDict()
+        self.nola_factors: dict[str, tuple[Factor, Factor]] = {}
+        self.scaling: dict[str, float] = {}
+        self.blocks: dict[str, tuple[str, ...] | None] = {}
+        self.merged_adapters, self._disable_adapters, self._active_adapter = [], False, adapter_name
+        self.in_features, self.out_features = self._shape()
+
+    def _shape(self) -> tuple[int, int]:
+        """(in, out) of the weight as a matrix."""
+        base = self.get_base_layer()
+        if isinstance(base, nn.Linear):
+            return base.in_features, base.out_features
+        return tuple(base.weight.shape) if isinstance(base, Conv1D) else (base.weight[0].numel(), len(base.weight))
+
+    def update_layer(self, adapter_name: str, config: NolaConfig, key: str, bank: Bank) -> None:
+        """Add an adapter to the module of the full name `key`, which names its bases where they are not shared."""
+        blocks, out = config.slices_of(key), self.out_features
+        if blocks and (not isinstance(self, NolaLinear) or out % len(BLOCKS)):
+            raise ValueError(
+                f"received fused_slices for {key} of {out} outputs, expected a linear layer of three blocks"
+            )
+        names = [f"{key}.{block}" for block in blocks] if blocks else [key]
+        width = out // len(BLOCKS) if blocks else out
+        self.nola_factors[adapter_name] = self._new_factors(config, names, width, bank)
+        self.scaling[adapter_name], self.blocks[adapter_name] = config.nola_alpha / config.r, blocks
+        weight = self.get_base_layer().weight
+        for part, number in zip(self.adapter_layer_names, config.numbers, strict=True):
+            value = 0.0 if config.init == "noop" else 1 / number
+            start = torch.full((len(names), number), value, dtype=wide(weight.dtype), device=weight.device)
+            getattr(self, part)[adapter_name] = nn.Parameter(start)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_factors(self, config: NolaConfig, names: list[str], width: int, bank: Bank) -> tuple[Factor, Factor]:
+        """A and B of matrices [in, width]. Shared bases have their shape as key, others the name of their matrix."""
+
+        def streams(factor: str, shape: tuple[int, int], distribution: str) -> tuple[Stream, ...]:
+            keys = ["x".join(map(str, shape))] * len(names) if config.share_basis else names
+            return tuple(Stream(config.basis_seed, key, factor, shape, distribution) for key in keys)
+
+        left, right = (self.in_features, config.r), (config.r, width)
+        options = {"bits": config.quant_bits, "chunk_size": config.chunk_size, "budget": config.cache_bytes}
+        fixed = streams("A0", left, "uniform") if config.init == "noop" else ()
+        return (
+            Factor(bank, streams("A", left, config.basis_distribution), config.numbers[0], fixed=fixed, **options),
+            Factor(bank, streams("B", right, config.basis_distribution), config.numbers[1], **options),
+        )
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the base's device; unlike PEFT's, not to its dtype, which would round what has been loaded."""
+        device = device or self.get_base_layer().weight.device
+        for coefficients in (self.nola_coefficients_a, self.nola_coefficients_b):
+            if adapter_name in coefficients and coefficients[adapter_name].device.type != "meta":
+                coefficients[adapter_name] = coefficients[adapter_name].to(device)
+
+    def coefficients(self, adapter_name: str) -> tuple[Float[Tensor, "matrix k"], Float[Tensor, "matrix l"]]:
+        """(alpha, beta), a row for each matrix."""
+        return self.nola_coefficients_a[adapter_name], self.nola_coefficients_b[adapter_name]
+
+    def built(
+        self, adapter_name: str
+    ) -> tuple[Float[Tensor, "matrix inputs rank"], Float[Tensor, "matrix rank outputs"]]:
+        """(A, B) of each matrix, without gradient, in float32 or wider."""
+        pairs = zip(self.nola_factors[adapter_name], self.coefficients(adapter_name), strict=True)
+        a, b = (factor.value(coefficients) for factor, coefficients in pairs)
+        return a, b
+
+    def side_by_side(self, columns: list[Tensor], adapter_name: str) -> Float[Tensor, "... out"]:
+        """The columns of each matrix where they belong, 0 in blocks that are not adapted."""
+        blocks = self.blocks[adapter_name]
+        if blocks is None:
+            return columns[0]
+        found = dict(zip(blocks, columns, strict=True))
+        return torch.cat([found.get(block, torch.zeros_like(columns[0])) for block in BLOCKS], -1)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Delta W as the layer stores its weight, in float32 or wider."""
+        columns = [self.scaling[adapter] * a @ b for a, b in zip(*self.built(adapter), strict=True)]
+        delta = self.side_by_side(columns, adapter)
+        base = self.get_base_layer()
+        return delta if isinstance(base, Conv1D) else delta.t().reshape(base.weight.shape)
+
+    def _add_to_weight(self, adapter: str, sign: int, safe: bool = False) -> None:
+        weight = self.get_base_layer().weight.data
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"received a weight of {weight.dtype}, expected floating point; `to_lora` needs no merging"
+            )
+        delta = self.get_delta_weight(adapter)
+        merged = (weight + sign * delta).to(weight.dtype)  # the sum in the wider of both
+        if safe and not merged.isfinite().all():
+            raise ValueError(f"received merged weights with NaN or infinity, expected finite ones from {adapter}")
+        weight.copy_(merged)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add Delta W of the active or named adapters to the weight; safe: only where the sum is finite."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.nola_coefficients_a:
+                self._add_to_weight(name, 1, safe_merge)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract what has been merged."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self._add_to_weight(self.merged_adapters.pop(), -1)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The base's output, and s x A B of each active adapter."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        for name in self.active_adapters:
+            if name in self.nola_coefficients_a:
+                pairs = zip(self.nola_factors[name], self.coefficients(name), strict=True)
+                a, b = (factor(coefficients) for factor, coefficients in pairs)
+                result = result + self._branch(self._cast_input_dtype(x, a.dtype), a, b, name)
+        return result.to(dtype)
+
+    def _branch(self, x: Tensor, a: Tensor, b: Tensor, adapter_name: str) -> Tensor:
+        raise NotImplementedError
+
+
+class NolaLinear(NolaLayer):
+    """`nn.Linear` or transformers' Conv1D."""
+
+    def _branch(self, x: Tensor, a: Tensor, b: Tensor, adapter_name: str) -> Tensor:
+        columns = [(x @ left) * self.scaling[adapter_name] @ right for left, right in zip(a, b, strict=True)]
+        return self.side_by_side(columns, adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: PEFT's own conversion applies too, though `to_lora` is exact."""
+        return True
+
+
+class NolaConv2d(NolaLayer):
+    """`nn.Conv2d` without groups, of any kernel, stride, padding, padding mode and dilation."""
+
+    def _branch(self, x: Tensor, a: Tensor, b: Tensor, adapter_name: str) -> Tensor:
+        base = self.get_base_layer()
+        narrow = base._conv_forward(x, a[0].t().reshape(-1, *base.weight.shape[1:]), None)
+        return F.conv2d(narrow * self.scaling[adapter_name], b[0].t()[:, :, None, None])

@@ -1,0 +1,109 @@
+"""NOLA as a tuner of PEFT: which module becomes which layer, and what a checkpoint holds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from limbeck.adapters import checkpoint
+from limbeck.adapters.basis import Bank
+from limbeck.adapters.config import NolaConfig
+from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
+
+
+def _layer_class(module: nn.Module, key: str) -> type[NolaLayer]:
+    """Raises ValueError for a module that a NOLA layer cannot stand beside."""
+    # MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would do nothing.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"received target {key}, the projection of a MultiheadAttention, expected a layer that is called"
+        )
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return NolaLinear
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
+        return NolaConv2d
+    raise ValueError(f"received target {key}: {module}, expected nn.Linear, Conv1D, or nn.Conv2d with one group")
+
+
+class NolaModel(BaseTuner):
+    """A model whose targeted layers have NOLA adapters; all of them draw their bases from one bank."""
+
+    prefix = "nola_"
+    tuner_layer_cls = NolaLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _pre_injection_hook(self, model: nn.Module, config: NolaConfig, adapter_name: str) -> None:
+        self.bank = Bank()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError for a name that occurs in the model's own, or slices of modules that are not targeted."""
+        parts = {"base_model", *(part for key, _ in model.named_modules(prefix="model") for part in key.split("."))}
+        if adapter_name in parts or "." in adapter_name:
+            raise ValueError(f"received adapter name {adapter_name!r}, expected no dot and no part of a module's name")
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = checkpoint.adapted(model, adapter_name)
+        for module in self.peft_config[adapter_name].fused_slices or {}:
+            if not any(f".{key}".endswith(f".{module}") for key in layers):
+                raise ValueError(f"received fused_slices of {module}, expected some of {', '.join(layers)}")
+
+    def _create_and_replace(
+        self,
+        peft_config: NolaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, NolaLayer):
+            target.update_layer(adapter_name, peft_config, current_key, self.bank)
+            return
+        layer = _layer_class(target, current_key)(target, adapter_name)
+        layer.update_layer(adapter_name, peft_config, current_key, self.bank)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete it, and let go of bases that only it may have used."""
+        super().delete_adapter(adapter_name)
+        self.bank.kept.clear()
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Refused with a ValueError: an update is a product of two sums, so coefficients do not add."""
+        raise ValueError(
+            "received add_weighted_adapter for NOLA, expected LoRA: convert each with `to_lora`, add there"
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT offers a batch with an adapter for each row to LoRA alone, and would else ignore the names."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("received adapter_names for NOLA, expected none: `set_adapter`, or LoRA by `to_lora`")
+        yield
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "NolaModel":
+        self.bank.kept.clear()  # bases for the device or the dtype that the model now leaves
+        return super()._apply(fn, recurse)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: NolaConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        return checkpoint.to_file(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: NolaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return checkpoint.from_file(model, config, adapter_name, state_dict)

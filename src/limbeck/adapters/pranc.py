@@ -1,0 +1,40 @@
+"""PRANC (arXiv 2206.08464) on one weight's update, to compare NOLA with at the same number of coefficients.
+
+Delta W = sum_i c_i C_i / sqrt(p), C_i [in, out] full matrices from the generator of NOLA's bases. Left out: PRANC's
+own setting, a whole network as one sum of random networks; the comparison is about Delta W alone.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from limbeck.adapters.basis import Bank, Stream
+from limbeck.adapters.combination import Factor
+
+
+class Pranc(nn.Module):
+    """W^T [out, in] -> W^T + s Delta W^T; c starts at 0, which the sum, being linear, leaves at once."""
+
+    def __init__(self, weight: Float[Tensor, "outputs inputs"], *, num_basis: int, seed: int, key: str, scale: float):
+        super().__init__()
+        stream = Stream(seed, key, "C", (weight.shape[1], weight.shape[0]))
+        self.coefficients = nn.Parameter(weight.new_zeros(1, num_basis))
+        self.factor, self.scale = Factor(Bank(), (stream,), num_basis, budget=2**30), scale
+
+    def forward(self, weight: Float[Tensor, "outputs inputs"]) -> Float[Tensor, "outputs inputs"]:
+        """The weight and its update. Gradient: to both."""
+        return weight + self.scale * self.factor(self.coefficients)[0].t()
+
+
+def attach_pranc(layer: nn.Linear, *, num_basis: int, seed: int, key: str = "", scale: float = 1.0) -> nn.Parameter:
+    """Freeze the layer and give its weight a PRANC update; returns the coefficients, all that trains.
+
+    Layers of one shape have different bases where their keys differ.
+    Raises ValueError for num_basis < 1.
+    """
+    if num_basis < 1:
+        raise ValueError(f"received num_basis {num_basis}, expected at least 1")
+    layer.requires_grad_(False)
+    update = Pranc(layer.weight, num_basis=num_basis, seed=seed, key=key, scale=scale)
+    parametrize.register_parametrization(layer, "weight", update)
+    return update.coefficients
