@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from limbeck import models, sampling, seeding
+from limbeck.adapters import NolaConfig
 from limbeck.losses import divergence, kdrl, policy
 from limbeck.training import grpo, learner, rollouts
 from limbeck.training.rollouts import Problem, Verdict
@@ -316,16 +317,17 @@ def test_what_is_missing_or_not_finite_is_refused():
         alone.score(rollout, torch.arange(2)).teacher_logits()
 
 
-def test_an_adapter_is_sampled_scored_and_trained_and_the_model_under_it_stays():
-    """PEFT's LoRA at a rate that moves it: the log-probabilities are those of the whole model, head and all."""
+@pytest.mark.parametrize("method", [LoraConfig(r=2), NolaConfig(r=2, num_basis=6, nola_alpha=2)], ids=["lora", "nola"])
+def test_an_adapter_is_sampled_scored_and_trained_and_the_model_under_it_stays(method):
+    """PEFT's LoRA, and NOLA, away from 0: the log-probabilities are those of the whole model, head and all."""
     base = make()
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    config = dataclasses.replace(method, target_modules=["q_proj", "v_proj"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         policy_model = get_peft_model(decoder(0), config).double()
     with torch.no_grad():
         for name, weight in policy_model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "nola_" in name:
                 weight.fill_(0.3)
     run = dataclasses.replace(base, policy=policy_model, sampler=sampling.Sampled(policy_model, END))
     frozen = {name: w.clone() for name, w in policy_model.named_parameters() if not w.requires_grad}
