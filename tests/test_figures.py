@@ -218,6 +218,12 @@ def test_interval_panels_draw_each_group_on_one_scale_with_one_caption():
     assert len(plain.axes[0].lines) == len(figure.axes[0].lines) - 1
 
 
+def test_panels_whose_rows_differ_are_refused_since_the_names_stand_once():
+    turned = GROUPS | {"second": dict(reversed(GROUPS["second"].items()))}
+    with pytest.raises(ValueError, match="expected the same in the same order"):
+        figures.interval_panels(intervals.estimates(turned), title="T", xlabel="gain", points=turned)
+
+
 def test_a_title_too_long_for_a_line_takes_two_and_makes_room_for_itself():
     short, long = (figures.panels(1, title=title)[0] for title in ("word " * 19, "word " * 20))
     assert [figure.get_suptitle().count("\n") for figure in (short, long)] == [0, 1]

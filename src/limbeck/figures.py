@@ -142,8 +142,13 @@ def interval_panels(
     columns: int = 2,
     zero: bool = False,
 ) -> Figure:
-    """One `interval_plot` a title, on one scale; the caption stands once. `zero` draws the line of no difference."""
-    rows, arms = -(-len(found) // columns), max(map(len, found.values()))
+    """One `interval_plot` a title, on one scale; names and caption stand once. `zero` draws the line of no difference.
+
+    Raises ValueError if the panels have other arms, or the same in another order: the names would be wrong.
+    """
+    if len(orders := {tuple(estimates) for estimates in found.values()}) > 1:
+        raise ValueError(f"received panels with arms {sorted(orders)}, expected the same in the same order")
+    rows, arms = -(-len(found) // columns), len(*orders)
     figure, axes = panels(
         len(found), title=title, columns=columns, height=0.3 * arms + (0.9 if rows > 1 else 1.4), left=2.0, bottom=0.8
     )
