@@ -240,11 +240,7 @@ def line_plot(
 
 
 def toy_panels(
-    grid: ArrayLike,
-    teacher: ArrayLike,
-    fits: Mapping[str, ArrayLike],
-    *,
-    titles: Mapping[str, str],
+    grid: ArrayLike, teacher: ArrayLike, fits: Mapping[str, ArrayLike], *, titles: Mapping[str, str]
 ) -> Figure:
     """One panel a divergence: the teacher filled, the students fitted to it as lines.
 
@@ -292,9 +288,8 @@ def _toy_legend(figure: Figure, *, starts: bool) -> None:
 def _caption(estimates: Mapping[str, "Estimate"]) -> str:
     """What marker, whisker and points are, and over how many replicates."""
     counts = sorted({estimate.count for estimate in estimates.values()})
-    levels = sorted({estimate.level for estimate in estimates.values()})
     over = "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
-    percent = " or ".join(f"{100 * level:.4g}" for level in levels)
+    percent = " or ".join(f"{100 * level:.4g}" for level in sorted({e.level for e in estimates.values()}))
     return f"marker: mean; line: {percent} % t interval; points: each replicate (n = {over})"
 
 
