@@ -48,7 +48,7 @@ figures: $(READY)  ## draw the exhibits again from the committed records; nothin
 
 full: $(READY)  ## the long experiments (an hour on two cores; stop and continue at will)
 	python -m limbeck.assets
-	python -m limbeck.assets smollm2
+	python -m limbeck.assets efficientnet_lite0
 	dvc repro --allow-missing pipelines/full/dvc.yaml
 	python -m limbeck.readme
 
@@ -56,6 +56,7 @@ bench: $(READY)  ## time the losses and the loop against their alternatives, eac
 	python -m limbeck.assets
 	python -m limbeck.notebooks notebooks/sinkd/table_cost.ipynb
 	python -m limbeck.notebooks notebooks/kdrl/table_efficiency.ipynb
+	python -m limbeck.notebooks notebooks/nola/table_cost.ipynb
 	python -m limbeck.readme
 
 lab: $(READY)  ## JupyterLab on localhost
