@@ -2,7 +2,10 @@
 
 import hashlib
 import math
+import os
 import pickle
+import signal
+import threading
 
 import materialised
 import pytest
@@ -39,6 +42,48 @@ def test_a_chunk_is_a_slice_of_the_whole_whatever_was_drawn_between(distribution
     whole = stream.draw(0, 18)
     stream.draw(other, 3)
     assert torch.equal(stream.draw(start, count), whole[start : start + count])
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Sets torch's number of threads, and gives the names of those that have drawn since; parts are eight words."""
+    names, values, before = set(), basis._values, torch.get_num_threads()
+
+    def watched(*args):
+        names.add(threading.current_thread().name.rpartition("_")[0])
+        return values(*args)
+
+    def use(number):
+        names.clear()
+        torch.set_num_threads(number)
+        return names
+
+    monkeypatch.setattr(basis, "_PART", 8)
+    monkeypatch.setattr(basis, "_values", watched)
+    yield use
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("distribution", basis.DISTRIBUTIONS)
+@pytest.mark.parametrize("shape", [(17, 15), (40, 31)])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_any_number_of_threads_draws_the_same_bits(threads, distribution, shape, number):
+    names = threads(number)
+    found = Stream(5, "layer", "A", shape, distribution).draw(1, 3)
+    expected = materialised.bases(5, "layer", "A", shape, 4, distribution).flatten(1)[1:]
+    torch.testing.assert_close(found.double(), expected, atol=1e-7, rtol=0)
+    assert names == ({"limbeck-bases"} if number > 1 else {""}), "the pool serves, but not where there is one thread"
+
+
+def test_a_process_that_forked_draws_too(threads):
+    threads(2)
+    stream = Stream(0, "key", "A", (40, 30))
+    here, child = stream.draw(0, 3), os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)
+        os._exit(0 if torch.equal(stream.draw(0, 3), here) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("distribution", basis.DISTRIBUTIONS)

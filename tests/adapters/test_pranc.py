@@ -28,6 +28,21 @@ def test_the_weight_is_the_old_one_and_the_sum_written_out():
     assert update.abs().max() > 0.1
 
 
+def test_a_convolution_is_the_matrix_from_a_patch_to_the_channels():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Conv2d(3, 4, (3, 2), stride=2, padding=1).double()
+    x = torch.randn(2, 3, 7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = module(x)
+    coefficients = attach_pranc(module, num_basis=5, seed=3, key="here")
+    coefficients.data.normal_(generator=torch.Generator().manual_seed(0))
+    drawn = materialised.bases(3, "here", "C", (18, 4), 5)
+    update = sum(c * basis for c, basis in zip(coefficients[0], drawn, strict=True)) / 5**0.5
+    patches = nn.functional.unfold(x, (3, 2), padding=1, stride=2)  # [batch, c_in h w, place]
+    moved = (update.t() @ patches).reshape(before.shape)
+    torch.testing.assert_close(module(x), before + moved, atol=1e-12, rtol=0)
+
+
 def test_only_the_coefficients_train_and_the_start_is_not_dead():
     module, x = layer(), torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     coefficients = attach_pranc(module, num_basis=6, seed=0)

@@ -78,11 +78,16 @@ class Factor:
         return value
 
     def _bases(self, streams: tuple[Stream, ...], number: int, like: Tensor) -> Iterator[tuple[list[int], int, Tensor]]:
-        """(rows, start, bases): for each stream the rows that have it, and its bases in parts."""
+        """(rows, start, bases): for each stream the rows that have it, and its bases in parts.
+
+        Whoever iterates lets go of a part before asking for the next, so that only one is ever there.
+        """
         for stream in dict.fromkeys(streams):
             rows = [row for row, other in enumerate(streams) if other == stream]
             chunks = self.bank.chunks(stream, number, like=like, chunk_size=self.chunk_size, budget=self.budget)
-            yield from ((rows, start, bases) for start, bases in chunks)
+            for start, bases in chunks:
+                yield rows, start, bases
+                del bases
 
     def _build(self, coefficients: Float[Tensor, "matrix basis"]) -> Float[Tensor, "matrix rows cols"]:
         shape = self.streams[0].shape
@@ -92,6 +97,7 @@ class Factor:
             total[rows] += bases * shape[0] ** -0.5
         for rows, start, bases in self._bases(self.streams, self.number, coefficients):
             total[rows] += weights[rows, start : start + len(bases)] @ bases
+            del bases
         return total.view(-1, *shape)
 
     def contract(self, grad: Float[Tensor, "matrix rows cols"]) -> Float[Tensor, "matrix basis"]:
@@ -101,4 +107,5 @@ class Factor:
             found = flat.new_empty(len(flat), self.number)
             for rows, start, bases in self._bases(self.streams, self.number, flat):
                 found[rows, start : start + len(bases)] = flat[rows] @ bases.T
+                del bases
         return found.to(grad.dtype)

@@ -1,7 +1,8 @@
 """PRANC (arXiv 2206.08464) on one weight's update, to compare NOLA with at the same number of coefficients.
 
-Delta W = sum_i c_i C_i / sqrt(p), C_i [in, out] full matrices from the generator of NOLA's bases. Left out: PRANC's
-own setting, a whole network as one sum of random networks; the comparison is about Delta W alone.
+Delta W = sum_i c_i C_i / sqrt(p), C_i [in, out] full matrices from the generator of NOLA's bases; a convolution is a
+matrix [c_in h w, out]. Left out: PRANC's own setting, a whole network as one sum of random networks; the comparison is
+about Delta W alone.
 """
 
 from jaxtyping import Float
@@ -15,18 +16,20 @@ from limbeck.adapters.combination import Factor
 class Pranc(nn.Module):
     """W^T [out, in] -> W^T + s Delta W^T; c starts at 0, which the sum, being linear, leaves at once."""
 
-    def __init__(self, weight: Float[Tensor, "outputs inputs"], *, num_basis: int, seed: int, key: str, scale: float):
+    def __init__(self, weight: Float[Tensor, "outputs ..."], *, num_basis: int, seed: int, key: str, scale: float):
         super().__init__()
-        stream = Stream(seed, key, "C", (weight.shape[1], weight.shape[0]))
+        stream = Stream(seed, key, "C", (weight[0].numel(), len(weight)))
         self.coefficients = nn.Parameter(weight.new_zeros(1, num_basis))
         self.factor, self.scale = Factor(Bank(), (stream,), num_basis, budget=2**30), scale
 
-    def forward(self, weight: Float[Tensor, "outputs inputs"]) -> Float[Tensor, "outputs inputs"]:
+    def forward(self, weight: Float[Tensor, "outputs ..."]) -> Float[Tensor, "outputs ..."]:
         """The weight and its update. Gradient: to both."""
-        return weight + self.scale * self.factor(self.coefficients)[0].t()
+        return weight + self.scale * self.factor(self.coefficients)[0].t().reshape(weight.shape)
 
 
-def attach_pranc(layer: nn.Linear, *, num_basis: int, seed: int, key: str = "", scale: float = 1.0) -> nn.Parameter:
+def attach_pranc(
+    layer: nn.Linear | nn.Conv2d, *, num_basis: int, seed: int, key: str = "", scale: float = 1.0
+) -> nn.Parameter:
     """Freeze the layer and give its weight a PRANC update; returns the coefficients, all that trains.
 
     Layers of one shape have different bases where their keys differ.
