@@ -1,0 +1,124 @@
+"""NOLA beside LoRA, VeRA and full fine-tuning on meanings and texts: arms by seed, `table_text` and its two kin.
+
+A seed fixes the order of the texts, the same for every arm, and what an adapter draws. Each arm takes the learning rate
+of lowest validation loss after one run of `selection_seed`, from as many rates for each method; `none` has none to
+take, and is decoded once. `train/loss` is the mean over the last `save_every` steps, before each. The test split is
+read after the last step and chooses nothing.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from limbeck import assets
+from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.nola import adapting, text_bench, text_model
+from limbeck.experiments.nola.adapting import Model
+from limbeck.experiments.nola.text_bench import Bench
+from limbeck.params import one_of, positive
+
+Steps = Generator[dict[str, float], None, Result]
+_GRIDS = ("lora", "vera", "nola", "full")
+_NOT_INPUTS = ("arms", "replicates", *(f"{method}_rates" for method in _GRIDS))
+
+
+@dataclass(frozen=True)
+class Params(text_bench.Section):
+    """The section of params/nola.yaml; sources stand there. Of the seeds, the first `replicates` are used."""
+
+    arms: tuple[str, ...]
+    replicates: int
+    steps: int
+    batch_size: int
+    selection_steps: int
+    selection_seed: int
+    lora_rates: tuple[float, ...]
+    vera_rates: tuple[float, ...]
+    nola_rates: tuple[float, ...]
+    full_rates: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Check what no type can."""
+        super().__post_init__()
+        for arm in self.arms:
+            one_of("arm", arm, adapting.ARMS)
+        sizes = {method: len(getattr(self, f"{method}_rates")) for method in _GRIDS}
+        if len(set(sizes.values())) > 1 or 0 in sizes.values():
+            raise ValueError(f"received {sizes} learning rates, expected as many for each method")
+        positive(replicates=self.replicates, steps=self.steps, batch_size=self.batch_size)
+        positive(selection_steps=self.selection_steps)
+
+    def rates(self, arm: str) -> tuple[float, ...]:
+        """What an arm's learning rate is chosen from."""
+        return () if arm == "none" else getattr(self, f"{arm.partition('_')[0]}_rates")
+
+
+def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
+    """The states, a run for each arm and rate, then every arm by seed. Raises ValueError for too few seeds."""
+    if len(seeds) < params.replicates:
+        raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
+    inputs = {name: value for name, value in asdict(params).items() if name not in _NOT_INPUTS}
+    inputs["assets"] = assets.checksums(params.model, params.data)
+    found = text_bench.state_cells(params, inputs)
+    for arm in params.arms:
+        for rate in params.rates(arm):
+            at = {"phase": "selection", "arm": arm, "rate": rate, "seed": params.selection_seed}
+            found.append(Cell(at, inputs, turn=1))
+    for seed in seeds[: params.replicates]:
+        for arm in params.arms:
+            at = {"phase": "final", "arm": arm, "seed": seed}
+            again = arm == "none" and seed != seeds[0]
+            found.append(Cell(at, inputs | {"rates": params.rates(arm)}, turn=2 + again))
+    return sorted(found, key=lambda cell: cell.turn)
+
+
+def run(cell: Cell, params: Params, place: Place) -> Steps:
+    """Train and score one cell; yields once a step."""
+    at, bench = cell.coordinates, Bench(params, place)
+    if at["phase"] == text_bench.STATES:
+        return (yield from text_bench.write_states(cell, bench))
+    model = adapting.attach(at["arm"], bench.decoder(), params, layers=params.layers, seed=at["seed"])
+    if at["arm"] == "none":
+        yield {"step": 1, "steps": 1}
+        return Result(_untrained(model, bench, at["seed"]), dtype=_spelled(bench.dtype(model)))
+    selecting = at["phase"] == "selection"
+    rate = at["rate"] if selecting else _chosen(at["arm"], place)
+    steps = params.selection_steps if selecting else params.steps
+    options = {"size": params.batch_size, "steps": steps, "seed": at["seed"]}
+    curve = yield from bench.fit(model, learning_rate=rate, **options)
+    metrics = {"train/loss": curve["loss/ce"][-1], "validation/loss": bench.validation_loss(model)}
+    if not selecting:
+        metrics |= {"chosen/rate": rate, **_size(model), **bench.test_scores(model)}
+    return Result(metrics, curve, adapting.count(model), _spelled(bench.dtype(model)))
+
+
+def _untrained(model: Model, bench: Bench, seed: int) -> dict[str, float]:
+    """What the model says without an adapter; only the texts of the last steps differ from seed to seed."""
+    params, texts = bench.section, bench.texts["train"]
+    drawn = text_bench.batches(texts.pairs, size=params.batch_size, steps=params.steps, seed=seed)
+    last = drawn[(params.steps - 1) // params.save_every * params.save_every :]
+    loss = text_model.loss_of(model, texts, bench.dtype(model))
+    with torch.no_grad():
+        metrics = {"train/loss": sum(loss(rows)["loss/ce"].item() for rows in last) / len(last)}
+    known = [record["metrics"] for record in bench.place.records if record["cell"]["arm"] == "none"]
+    if found := [record for record in known if "validation/loss" in record]:
+        return metrics | {name: value for name, value in found[0].items() if name != "train/loss"}
+    return metrics | {"validation/loss": bench.validation_loss(model), **_size(model), **bench.test_scores(model)}
+
+
+def _size(model: Model) -> dict[str, float]:
+    parameters, taken = adapting.count(model), adapting.bytes_on_disk(model)
+    return {"storage/parameters": float(parameters), "storage/bytes": float(taken)}
+
+
+def _chosen(arm: str, place: Place) -> float:
+    """The rate of an arm's selection run with the lowest validation loss; of equals the smallest."""
+    wanted = {"phase": "selection", "arm": arm}
+    tried = [record for record in place.records if wanted.items() <= record["cell"].items()]
+    best = min(tried, key=lambda record: (record["metrics"]["validation/loss"], record["cell"]["rate"]))
+    return best["cell"]["rate"]
+
+
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,189 @@
+"""What NOLA's experiments on text share: meanings and what people said for them, a frozen decoder, and its scores.
+
+A cell of the first turn leaves the states below the adapted layers (`text_model`), in two halves for two processes.
+"""
+
+import functools
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from limbeck import language_models, models, text_scores
+from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.nola import adapting, text_model
+from limbeck.experiments.nola.adapting import Model
+from limbeck.experiments.nola.text_model import Pair, Texts
+from limbeck.params import positive
+from limbeck.sampling import Tokens
+from limbeck.tasks import classification, meanings
+from limbeck.tasks.meanings import Meaning
+from limbeck.training import resume, supervised
+
+STATES = "states"
+_HALVES = 2
+
+
+@dataclass(frozen=True)
+class Section(adapting.Settings):
+    """Model, data and their sizes in params/nola.yaml; sources stand there. `layers` are the last ones, 0 for all.
+
+    `split_sizes` counts meanings. `train_texts` texts are drawn from those to train on (-1: all); of those to validate
+    on, the first `references` texts each count. Targets are cut at `longest` tokens, and sentences end there.
+    """
+
+    model: str
+    layers: int
+    data: str
+    split_sizes: tuple[int, ...]
+    split_seed: int
+    train_texts: int
+    references: int
+    longest: int
+    clip_norm: float
+    save_every: int
+
+    def __post_init__(self) -> None:
+        """Check what no type can."""
+        super().__post_init__()
+        positive(references=self.references, longest=self.longest, save_every=self.save_every)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The parts of a data set in words and in tokens; the order of the texts to train on is drawn."""
+
+    section: Section
+    train: list[Meaning]
+    validation: list[Meaning]
+    test: list[Meaning]
+    tokenizer: PreTrainedTokenizerBase
+    drawn: list[tuple[Meaning, str]]
+
+    def tokens(self, text: str) -> Tokens:
+        """A text as tokens, nothing added."""
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompt(self, meaning: Meaning) -> Tokens:
+        """A meaning in tokens."""
+        return self.tokens(meanings.prompt(meaning))
+
+    def pair(self, meaning: Meaning, text: str) -> Pair:
+        """A meaning and a text of it in tokens."""
+        target = (*self.tokens(f" {text}"), self.tokenizer.eos_token_id)
+        return Pair(self.prompt(meaning), target[: self.section.longest])
+
+    @functools.cached_property
+    def pairs(self) -> dict[str, list[Pair]]:
+        """What is learned, and what the loss is measured on."""
+        held = [(meaning, text) for meaning in self.validation for text in meaning.texts[: self.section.references]]
+        parts = {"train": self.drawn, "validation": held}
+        return {name: [self.pair(*row) for row in rows] for name, rows in parts.items()}
+
+
+@functools.lru_cache(maxsize=2)
+def prepare(section: Section) -> Data:
+    """The data of a section."""
+    train, validation, test = meanings.splits(section.data, section.split_sizes, seed=section.split_seed)
+    pool = [(meaning, text) for meaning in train for text in meaning.texts]
+    (drawn,) = classification.draw(pool, [section.train_texts], seed=section.split_seed)
+    words = (part for meaning, text in drawn for part in (meanings.prompt(meaning), text))
+    return Data(section, train, validation, test, language_models.load_tokenizer(section.model, words), drawn)
+
+
+def state_cells(section: Section, inputs: dict[str, Any]) -> list[Cell]:
+    """The cells that leave the states; none where all layers are adapted."""
+    files = [f"{STATES}_{half}.safetensors" for half in range(_HALVES)] if section.layers else []
+    return [Cell({"phase": STATES, "arm": "none", "half": half}, inputs, (name,)) for half, name in enumerate(files)]
+
+
+def write_states(cell: Cell, bench: "Bench") -> Generator[dict[str, float], None, Result]:
+    """Run such a cell: the states of every other text."""
+    pairs = bench.all_pairs()[cell.coordinates["half"] :: _HALVES]
+    yield {"step": 1, "steps": 1}
+    found = text_model.states(bench.decoder(), pairs, bench.section.layers)
+    resume.write_tensors(bench.place.checkpoints / cell.leaves[0], {STATES: torch.cat(found)})
+    return Result({"states/tokens": float(sum(map(len, found)))})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every cell works with."""
+
+    section: Section
+    place: Place
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """The data."""
+        return prepare(self.section)
+
+    def decoder(self) -> PreTrainedModel:
+        """The model, frozen; one of a shape is drawn by seed 0."""
+        model = language_models.load(self.section.model, self.data.tokenizer, seed=0)
+        return model.eval().requires_grad_(False).to(self.place.device)
+
+    def dtype(self, model: Model) -> torch.dtype:
+        """The dtype of the model's matrix products."""
+        width = text_model.base(model).config.hidden_size
+        return models.precision(self.place.precision, width=width, where=self.place.device)
+
+    def all_pairs(self) -> list[Pair]:
+        """What is learned, then what the loss is measured on."""
+        return [*self.data.pairs["train"], *self.data.pairs["validation"]]
+
+    @functools.cached_property
+    def texts(self) -> dict[str, Texts]:
+        """`train` and `validation`, with their states where a cell has left them."""
+        parts, layers = self.data.pairs, self.section.layers
+        if not layers:
+            return {name: Texts(pairs) for name, pairs in parts.items()}
+        pairs, below = self.all_pairs(), {}
+        for half in range(_HALVES):
+            rows = range(half, len(pairs), _HALVES)
+            found = load_file(self.place.checkpoints / f"{STATES}_{half}.safetensors", device=str(self.place.device))
+            cut = found[STATES].split([len(pairs[row].read) for row in rows])
+            below |= dict(zip(rows, cut, strict=True))
+        whole, first = Texts(pairs, [below[row] for row in range(len(pairs))], layers), len(parts["train"])
+        return {"train": whole.rows(range(first)), "validation": whole.rows(range(first, len(pairs)))}
+
+    def fit(
+        self, model: Model, *, learning_rate: float, size: int, steps: int, seed: int
+    ) -> Generator[dict[str, float], None, supervised.Curve]:
+        """Train what is trainable, by `supervised.fit`."""
+        options = {"clip_norm": self.section.clip_norm, "state": self.place.state}
+        options |= {"save_every": self.section.save_every, "learning_rate": learning_rate}
+        loss = text_model.loss_of(model, self.texts["train"], self.dtype(model))
+        drawn = batches(self.texts["train"].pairs, size=size, steps=steps, seed=seed)
+        return supervised.fit(models.trainable(model), loss, drawn, **options)
+
+    def validation_loss(self, model: Model) -> float:
+        """Mean over the tokens of the texts to validate on, in nats."""
+        return text_model.mean_loss(model, self.texts["validation"], self.dtype(model))
+
+    def sentences(self, model: Model, found: Sequence[Meaning]) -> list[str]:
+        """What the whole model says for each meaning."""
+        prompts, tokenizer = [self.data.prompt(meaning) for meaning in found], self.data.tokenizer
+        options = {"end": tokenizer.eos_token_id, "longest": self.section.longest, "dtype": self.dtype(model)}
+        return [tokenizer.decode(tokens).strip() for tokens in text_model.said(model, prompts, **options)]
+
+    def test_scores(self, model: Model) -> dict[str, float]:
+        """BLEU and ROUGE-L in [0, 100], and where slots are known the errors a slot, of what is said for the test."""
+        test, texts = self.data.test, self.sentences(model, self.data.test)
+        found = text_scores.overlaps(texts, [meaning.texts for meaning in test])
+        if slots := sum(len(meaning.slots) for meaning in test):
+            wrong = sum(meanings.slot_errors(meaning, text) for meaning, text in zip(test, texts, strict=True))
+            found["slot_error_rate"] = wrong / slots
+        return {f"test/{name}": value for name, value in found.items()}
+
+
+def batches(pairs: Sequence[Pair], *, size: int, steps: int, seed: int) -> list[Tensor]:
+    """The rows of every step, epoch after epoch, texts of like length together (`classification.batches`)."""
+    lengths, found = torch.tensor([len(pair.read) for pair in pairs]), []
+    while len(found) < steps:
+        found += classification.batches(lengths, size=size, seed=seed, epoch=len(found))
+    return found[:steps]

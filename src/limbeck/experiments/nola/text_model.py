@@ -1,0 +1,158 @@
+"""A frozen decoder that reads a prompt and what is said after it: its loss, and what it says itself.
+
+The loss is the mean of -log p over the target's tokens, the end token among them, over the whole vocabulary; the head
+is computed at these positions alone. Where only the top layers are adapted, the states below them are computed once for
+all texts (`states`) and a step begins there: exact for decoders that add nothing of a position to their input, Llama
+and its kin, and refused for others.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+from limbeck import models, sampling
+from limbeck.experiments.nola.adapting import Model
+from limbeck.sampling import Tokens
+from limbeck.training.supervised import Terms
+
+_ROWS = 16  # texts that are read at once where nothing is learned
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and what is said after it, in tokens; the target ends in the end token unless it was cut."""
+
+    prompt: Tokens
+    target: Tokens
+
+    @property
+    def read(self) -> Tokens:
+        """The tokens that the model reads: all but the last."""
+        return (*self.prompt, *self.target)[:-1]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Pairs, and what comes out below the last `layers` layers for each, [token, width]; without it, all layers run."""
+
+    pairs: list[Pair]
+    below: list[Tensor] | None = None
+    layers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def rows(self, chosen: Sequence[int]) -> "Texts":
+        """Some of them."""
+        below = None if self.below is None else [self.below[row] for row in chosen]
+        return Texts([self.pairs[row] for row in chosen], below, self.layers)
+
+
+@torch.no_grad()
+def states(model: Model, pairs: Sequence[Pair], layers: int) -> list[Tensor]:
+    """What comes out below the last `layers` layers for each text. Raises ValueError for another kind of decoder."""
+    inner = _inner(model)
+    if not hasattr(inner, "rotary_emb"):
+        raise ValueError(f"received {type(inner).__name__} and layers {layers}, expected rotary positions, or layers 0")
+    below, found = _view(inner, slice(0, -layers), last=False), {}
+    for rows in by_length(pairs):
+        ids, _ = sampling.padded([pairs[row].read for row in rows], model.device)
+        out = below(input_ids=ids, use_cache=False).last_hidden_state
+        found |= {row: out[at, : len(pairs[row].read)].clone() for at, row in enumerate(rows)}
+    return [found[row] for row in range(len(pairs))]
+
+
+def target_logits(model: Model, texts: Texts) -> tuple[Tensor, Tensor]:
+    """The logits at each token of the targets, one text after another, and the tokens.
+
+    Padding is on the right, where no token of a text sees it, so there is no mask.
+    """
+    inner = _inner(model)
+    if texts.below is None:
+        ids, _ = sampling.padded([pair.read for pair in texts.pairs], model.device)
+        out = inner(input_ids=ids, use_cache=False).last_hidden_state
+    else:
+        above = _view(inner, slice(-texts.layers, None), last=True)
+        out = above(inputs_embeds=pad_sequence(texts.below, batch_first=True), use_cache=False).last_hidden_state
+    kept = [out[at, len(pair.prompt) - 1 : len(pair.read)] for at, pair in enumerate(texts.pairs)]
+    tokens = torch.tensor([token for pair in texts.pairs for token in pair.target], device=out.device)
+    return base(model).get_output_embeddings()(torch.cat(kept)).float(), tokens
+
+
+def loss_of(model: Model, texts: Texts, dtype: torch.dtype) -> Callable[[Tensor], Terms]:
+    """The mean of -log p over the targets' tokens of some rows, in nats."""
+
+    def loss(rows: Tensor) -> Terms:
+        with models.autocast(model.device, dtype):
+            logits, tokens = target_logits(model, texts.rows(rows.tolist()))
+        return {"loss/ce": F.cross_entropy(logits, tokens)}
+
+    return loss
+
+
+@torch.no_grad()
+def mean_loss(model: Model, texts: Texts, dtype: torch.dtype) -> float:
+    """The mean of -log p over all targets' tokens, in nats."""
+    loss, total = loss_of(model, texts, dtype), 0.0
+    for rows in by_length(texts.pairs):
+        total += loss(torch.tensor(rows))["loss/ce"].item() * sum(len(texts.pairs[row].target) for row in rows)
+    return total / sum(len(pair.target) for pair in texts.pairs)
+
+
+def by_length(pairs: Sequence[Pair]) -> list[list[int]]:
+    """All rows in batches of like length."""
+    order = sorted(range(len(pairs)), key=lambda row: len(pairs[row].read))
+    return [order[start : start + _ROWS] for start in range(0, len(order), _ROWS)]
+
+
+@torch.no_grad()
+def said(
+    model: Model, prompts: Sequence[Tokens], *, end: int, longest: int, dtype: torch.dtype
+) -> list[tuple[int, ...]]:
+    """The most probable token at each step after each prompt, until `end`, which is left out, or `longest` tokens.
+
+    An adapter is not merged: it is built once, and costs two thin products a layer.
+    """
+    found: list[list[int]] = [[] for _ in prompts]
+    alive, cache = list(range(len(prompts))), DynamicCache(config=model.config)
+    ids, seen = sampling.padded(prompts, model.device, left=True)
+    positions = (seen.cumsum(1) - 1).clamp_min(0)
+    for _ in range(longest):
+        inputs = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
+        with models.autocast(model.device, dtype):
+            chosen = model(input_ids=ids, **inputs).logits[:, -1].argmax(-1)
+        going = (chosen != end).nonzero()[:, 0]
+        alive = [alive[at] for at in going.tolist()]
+        for row, token in zip(alive, chosen[going].tolist(), strict=True):
+            found[row].append(token)
+        if not alive:
+            break
+        cache.batch_select_indices(going)
+        ids, seen = chosen[going, None], torch.cat([seen[going], seen.new_ones(len(going), 1)], 1)
+        positions = seen.sum(1, keepdim=True) - 1
+    return [tuple(tokens) for tokens in found]
+
+
+def base(model: Model) -> PreTrainedModel:
+    """The model without the wrapper of an adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _inner(model: Model) -> PreTrainedModel:
+    return base(model).base_model
+
+
+def _view(inner: PreTrainedModel, part: slice, *, last: bool) -> PreTrainedModel:
+    """The decoder with some of its own layers alone, with or without the norm after the last; weights are shared."""
+    view = copy.copy(inner)
+    view._modules = dict(inner._modules, layers=inner.layers[part])
+    if not last:
+        view._modules["norm"] = nn.Identity()
+    return view
