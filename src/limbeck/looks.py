@@ -96,6 +96,7 @@ ARMS = {
     "recipe": Look("Plain recipe", "#999933", "X"),
     "pot": Look("POT", "#882255", "p"),
     "geomloss": Look("geomloss", "#44aa99", "h"),
+    "nola_unscaled": Look("NOLA, no 1/√k", "#4477aa", "<"),
 }
 
 
