@@ -1,0 +1,134 @@
+"""Images: each source against a file made here, enlargement against a plain loop, and the draw of a few."""
+
+import gzip
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from limbeck import assets, seeding
+from limbeck.tasks import images
+
+
+def grey(labels, held=None, side=2):
+    """Images whose first pixel is their row."""
+    pixels = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 1, side, side)
+    return images.Images(pixels.clone(), torch.tensor(labels), torch.tensor(held or [False] * len(labels)))
+
+
+def test_mnist_is_read_from_a_table_whose_last_column_is_the_digit(tmp_path, monkeypatch):
+    rows = np.random.Generator(np.random.Philox(0)).integers(0, 256, (3, 785))
+    rows[:, -1] = [7, 0, 7]
+    with gzip.open(tmp_path / "mnist_5k.csv.gz", "wt") as file:
+        np.savetxt(file, rows, fmt="%d", delimiter=",")
+    monkeypatch.setattr(assets, "path", {"mnist": tmp_path}.__getitem__)
+    found = images.load("mnist")
+    assert found.labels.tolist() == [7, 0, 7]
+    assert not found.held.any()
+    values = found.at(torch.tensor([2]))
+    assert values.shape == (1, 1, 28, 28)
+    np.testing.assert_allclose(values.numpy().ravel(), rows[2, :784] / 255, rtol=1e-6)
+
+
+def test_digits_are_enlarged_to_mnists_box_by_bilinear_interpolation():
+    found, source = images.load("digits"), load_digits()
+    assert found.labels.tolist() == source.target.tolist()
+    values = found.at(torch.tensor([11]))[0, 0]
+    inner = values[4:24, 4:24]
+    assert values.shape == (28, 28)
+    assert values.sum().item() == pytest.approx(inner.sum().item()), "the frame is black"
+    small = source.images[11] / 16
+    for y, x in ((0, 0), (3, 9), (10, 10), (19, 6)):
+        at = [min(max((i + 0.5) * 0.4 - 0.5, 0), 7) for i in (y, x)]
+        (top, left), (down, right) = map(math.floor, at), (i % 1 for i in at)
+        low, far = min(top + 1, 7), min(left + 1, 7)
+        upper = (1 - right) * small[top, left] + right * small[top, far]
+        lower = (1 - right) * small[low, left] + right * small[low, far]
+        assert inner[y, x].item() == pytest.approx((1 - down) * upper + down * lower, abs=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files_are_read_packed_or_not_and_their_second_part_is_held(tmp_path, packed):
+    for part, labels in (("train", [3, 1]), ("t10k", [0, 2, 1])):
+        pixels = bytes(range(len(labels))) + bytes(len(labels) * 783)
+        contents = {
+            f"{part}-labels-idx1-ubyte": struct.pack(">II", 2049, len(labels)) + bytes(labels),
+            f"{part}-images-idx3-ubyte": struct.pack(">IIII", 2051, len(labels), 28, 28) + pixels,
+        }
+        for name, content in contents.items():
+            if packed:
+                (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+            else:
+                (tmp_path / name).write_bytes(content)
+    found = images.load(f"idx/{tmp_path}")
+    assert found.labels.tolist() == [3, 1, 0, 2, 1]
+    assert found.held.tolist() == [False, False, True, True, True]
+    assert found.pixels[:, 0, 0, 1].tolist() == [1, 0, 1, 0, 0]
+    assert found.pixels[2, 0, 0, :4].tolist() == [0, 1, 2, 0]
+
+
+def picture(file, colours, size):
+    """A picture of vertical stripes, saved."""
+    width, height = size
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stripes = np.repeat(np.array(colours, dtype=np.uint8), width // len(colours), axis=0)
+    Image.fromarray(np.broadcast_to(stripes, (height, width, 3)).copy()).save(file)
+
+
+def test_pictures_of_a_folder_are_cut_to_their_centre_and_its_val_part_is_held(tmp_path):
+    red, green, blue = [255, 0, 0], [0, 255, 0], [0, 0, 255]
+    picture(tmp_path / "train" / "ant" / "0.png", [red, green, blue], (96, 32))
+    picture(tmp_path / "train" / "bee" / "0.png", [blue], (32, 64))
+    picture(tmp_path / "val" / "ant" / "0.png", [red], (32, 32))
+    picture(tmp_path / "val" / "bee" / "0.png", [blue], (32, 32))
+    found = images.load(f"folder/{tmp_path}", side=8)
+    assert found.labels.tolist() == [0, 1, 0, 1]
+    assert found.held.tolist() == [False, False, True, True]
+    assert found.pixels.shape == (4, 3, 8, 8)
+    assert found.pixels[0, :, 4, 4].tolist() == green
+    assert found.pixels[0, 1, :, 1:-1].eq(255).all(), "the outer stripes are cut away"
+    assert found.pixels[1, :, 4, 4].tolist() == blue
+
+
+def test_a_folder_whose_parts_have_other_classes_is_refused(tmp_path):
+    picture(tmp_path / "train" / "ant" / "0.png", [[0, 0, 0]], (8, 8))
+    (tmp_path / "val" / "bee").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"the same in each; got \[\['ant'\], \['bee'\]\]"):
+        images.load(f"folder/{tmp_path}")
+    with pytest.raises(ValueError, match="expected a folder a class in"):
+        images.load(f"folder/{tmp_path}/none")
+
+
+def test_an_unknown_data_set_is_refused():
+    with pytest.raises(ValueError, match="received the data set 'svhn', expected mnist, digits"):
+        images.load("svhn")
+
+
+def test_some_classes_are_numbered_in_the_order_given_with_their_own_images():
+    found = grey([2, 0, 1, 2], held=[False, False, False, True]).of([2, 0])
+    assert found.labels.tolist() == [0, 1, 0]
+    assert found.pixels[:, 0, 0, 0].tolist() == [0, 1, 3]
+    assert found.held.tolist() == [False, False, True]
+    with pytest.raises(ValueError, match=r"received the classes \[0, 5\], expected none of \[5\]"):
+        grey([0, 1]).of([0, 5])
+
+
+def test_a_draw_has_as_many_of_each_class_from_those_allowed_and_depends_on_its_stream_alone(global_generators):
+    labels = torch.tensor([0, 1] * 30)
+    among = torch.arange(60) >= 20
+    before = global_generators()
+    draws = [images.choose(labels, among, 4, seeding.generator(0, "draw", number)) for number in range(20)]
+    assert global_generators() == before
+    for rows in draws:
+        assert labels[rows].tolist() == [0] * 4 + [1] * 4
+        assert len(set(rows.tolist())) == 8
+        assert among[rows].all()
+    assert torch.equal(draws[3], images.choose(labels, among, 4, seeding.generator(0, "draw", 3)))
+    assert len({tuple(rows.tolist()) for rows in draws}) == 20
+    assert set(torch.cat(draws).tolist()) == set(range(20, 60)), "every image allowed can come"
+    with pytest.raises(ValueError, match="at least 21 images of class 0 to draw from, got 20"):
+        images.choose(labels, among, 21, seeding.generator(0, "draw"))

@@ -1,0 +1,164 @@
+"""Image classifiers: what a name gives, what an arm may change and how much that is, and what the head reads."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from limbeck import efficientnet, image_models, models
+
+SHAPE = "vit-2x64x14"
+BLOCK = ("mlp.fc1", "mlp.fc2")
+
+
+def shape(classes=3, seed=0):
+    return image_models.load(SHAPE, classes=classes, seed=seed)
+
+
+@pytest.fixture
+def pixels():
+    return torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_shape_is_drawn_by_its_seed_alone(pixels, global_generators):
+    before = global_generators()
+    first = shape().state_dict()
+    assert global_generators() == before
+    torch.rand(7)
+    again, other = shape().state_dict(), shape(seed=1).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    drawn = [name for name in first if first[name].ndim > 1]
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert len(drawn) == 2 + 1 + 2 * 6 + 1, "token and positions, patches, blocks, head"
+
+
+def test_a_shapes_matrices_keep_the_scale_of_a_signal():
+    weights = {name: value for name, value in shape().state_dict().items() if name.endswith("weight")}
+    for name, value in weights.items():
+        if value.ndim > 1:
+            expected = value[0].numel() ** -0.5
+            error = 5 * expected / (2 * value.numel()) ** 0.5  # five sigma of a deviation's estimate
+            assert value.std().item() == pytest.approx(expected, abs=error), name
+        else:
+            assert value.eq(1).all(), name
+
+
+@pytest.mark.parametrize("name", ["vit-2x40x7", "vit-2x32x5", "vit-0x32x7", "vit-2x32x0"])
+def test_a_shape_that_cannot_be_built_is_refused(name):
+    with pytest.raises(ValueError, match=f"a width divisible by 32 and a patch that divides 28, got {name}"):
+        image_models.load(name, classes=2, seed=0)
+
+
+def test_a_saved_vit_keeps_its_body_and_has_a_head_drawn_by_the_seed(tmp_path, global_generators):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    saved = ViTForImageClassification(ViTConfig(**size, image_size=8, patch_size=4, num_labels=7))
+    saved.save_pretrained(tmp_path)
+    before = global_generators()
+    found, again = (image_models.load(str(tmp_path), classes=3, seed=4) for _ in range(2))
+    assert global_generators() == before
+    assert not found.training
+    for name, value in saved.vit.state_dict().items():
+        assert torch.equal(found.vit.state_dict()[name], value), name
+    assert found.classifier.weight.shape == (3, 16)
+    assert torch.equal(found.classifier.weight, again.classifier.weight)
+    assert found.classifier.bias.eq(0).all()
+    assert not torch.equal(
+        found.classifier.weight, image_models.load(str(tmp_path), classes=3, seed=5).classifier.weight
+    )
+
+
+def test_features_are_what_the_head_turns_into_logits(pixels):
+    model = shape()
+    seen = image_models.prepared(SHAPE, pixels, 28)
+    found = image_models.features(model, seen)
+    expected = model.vit(pixel_values=seen).last_hidden_state[:, 0]
+    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(model.classifier(found), image_models.logits(model, seen))
+    assert not model.classifier._forward_pre_hooks
+
+
+def test_images_are_scaled_as_each_model_was_trained():
+    pixels = torch.tensor([0.0, 1.0, 0.25]).reshape(3, 1, 1, 1).expand(3, 1, 4, 4)
+    assert image_models.prepared(SHAPE, pixels, 4)[:, 0, 0, 0].tolist() == [-1, 1, -0.5]
+    assert image_models.prepared(SHAPE, pixels, 4).shape == (3, 1, 4, 4)
+    hub = image_models.prepared("google/vit", pixels, 8)
+    assert hub.shape == (3, 3, 8, 8)
+    assert hub.max().item() == 1
+    assert image_models.prepared(efficientnet.ASSET, pixels, 2)[:, 2, 1, 1].tolist() == [0, 255, 63.75]
+
+
+@pytest.mark.parametrize(
+    ("arm", "count"),
+    [("linear", 0), ("lora_1", 2 * 2 * 128), ("lora_4", 4 * 512), ("nola", 512), ("nola_half", 256)],
+)
+def test_an_arm_trains_the_head_and_its_own_and_starts_as_the_base_model(arm, count, pixels, global_generators):
+    base, model = shape(), shape()
+    before = global_generators()
+    assert image_models.attach(model, arm, rank=3, seed=1) == count
+    assert global_generators() == before
+    trained = models.trainable(model)
+    own = [name for name in trained if not name.startswith("classifier.")]
+    assert len(trained) == len(own) + 2
+    assert sum(trained[name].numel() for name in own) == count
+    places = {name.split(".lora_")[0].split(".nola_")[0] for name in own}
+    kind = {"l": ("q_proj", "v_proj"), "n": BLOCK}[arm[0]] if count else ()
+    assert len(places) == 2 * len(kind)
+    assert all(place.endswith(kind) for place in places)
+    torch.testing.assert_close(image_models.logits(model, pixels), image_models.logits(base, pixels))
+
+
+def test_full_fine_tuning_trains_everything_and_counts_all_but_the_head():
+    model = shape()
+    count = image_models.attach(model, "full", rank=1, seed=0)
+    assert len(models.trainable(model)) == len(list(model.parameters()))
+    assert count == sum(parameter.numel() for parameter in model.vit.parameters())
+
+
+def test_lora_has_scale_1_and_starts_kaiming_uniform_by_its_seed(pixels):
+    drawn = {}
+    for seed in (0, 0, 1):
+        model = shape()
+        torch.rand(3)
+        image_models.attach(model, "lora_4", rank=1, seed=seed)
+        layer = model.vit.layers[0].attention.q_proj
+        drawn.setdefault(seed, []).append(layer.lora_A["default"].weight.detach().clone())
+        assert layer.scaling["default"] == 1
+        assert layer.lora_B["default"].weight.eq(0).all()
+    assert torch.equal(*drawn[0])
+    assert not torch.equal(drawn[0][0], drawn[1][0])
+    largest = drawn[0][0].abs().max().item()
+    assert 0.9 * 64**-0.5 < largest <= 64**-0.5, "sqrt(6 / (1 + 5) / inputs)"
+
+
+def test_nola_has_scale_1_at_every_rank_and_other_bases_with_another_seed():
+    deltas = []
+    for seed in (0, 1):
+        model = shape()
+        image_models.attach(model, "nola", rank=4, seed=seed)
+        layer = model.vit.layers[0].mlp.fc1
+        assert layer.scaling["default"] == 1
+        for coefficients in layer.coefficients("default"):
+            nn.init.ones_(coefficients)
+        deltas.append(layer.get_delta_weight("default"))
+    assert torch.linalg.matrix_rank(deltas[0]) == 4
+    assert not torch.allclose(*deltas)
+
+
+def test_of_a_convolutional_network_all_1_x_1_convolutions_are_adapted_at_one_budget():
+    model = efficientnet.draw(classes=5, seed=0)
+    narrow = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.groups == 1]
+    budget = sum(layer.in_channels + layer.out_channels for layer in narrow)
+    assert image_models.budget(model) == budget
+    images = image_models.prepared(efficientnet.ASSET, torch.rand(2, 1, 32, 32), 32)
+    expected = image_models.logits(model, images).detach()
+    for arm in ("lora_1", "nola", "nola_half"):
+        model = efficientnet.draw(classes=5, seed=0)
+        count = image_models.attach(model, arm, rank=4, seed=0)
+        allowed = budget // 2 if arm == "nola_half" else budget
+        assert allowed - 2 * len(narrow) < count <= allowed
+        torch.testing.assert_close(image_models.logits(model, images), expected)
+
+
+def test_an_unknown_arm_is_refused():
+    with pytest.raises(ValueError, match="received arm 'vera', expected linear, full"):
+        image_models.attach(shape(), "vera", rank=1, seed=0)
