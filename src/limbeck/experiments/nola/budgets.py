@@ -1,0 +1,188 @@
+"""NOLA's and PRANC's coefficients, as many of each, on the same matrices of a small classifier of images.
+
+`budget` counts the coefficients of one matrix: NOLA splits it into k and l, PRANC has one sum. `none` trains no matrix
+and `full` the matrices themselves, with all else. What is free, the norms and the head, trains in every arm and is not
+counted. Every arm and budget has the best of the same learning rates under a seed of its own, which draws data order,
+start and bases alike: `by` the loss on the validation split or, to see how low each gets, on the training split. The
+test split is read after the last step and chooses nothing.
+"""
+
+import functools
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from limbeck import assets, evaluation, models, residual, seeding
+from limbeck.adapters import NolaConfig, attach_pranc
+from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.params import one_of, positive
+from limbeck.tasks import images
+from limbeck.training import rollouts, supervised
+
+SIZED = ("pranc", "nola")
+ARMS = ("none", *SIZED, "full")
+CRITERIA = ("train", "validation")
+_NOT_INPUTS = ("arms", "budgets", "rates", "criteria")
+Steps = Generator[dict[str, float], None, Result]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What both comparisons have in params/nola.yaml; sources stand there. Sizes are images of each class."""
+
+    data: str
+    data_seed: int
+    train_size: int
+    validation_size: int
+    test_size: int
+    pool: int
+    arms: tuple[str, ...]
+    budgets: tuple[int, ...]
+    rates: tuple[float, ...]
+    criteria: tuple[str, ...]
+    selection_seed: int
+    nola_rank: int
+    nola_scale: float
+    pranc_scale: float
+    steps: int
+    batch_size: int
+    clip_norm: float
+    save_every: int
+
+    def __post_init__(self) -> None:
+        """Check what no type can."""
+        for arm in self.arms:
+            one_of("arm", arm, ARMS)
+        for rate in self.rates:
+            positive(rate=rate)
+        for by in self.criteria:
+            one_of("criterion", by, CRITERIA)
+        if min(self.budgets) < 2:
+            raise ValueError(f"received budgets {self.budgets}, expected at least 2 each: NOLA has two factors")
+
+
+class Part(NamedTuple):
+    """A split: images in [0, 1] and their classes."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Work(NamedTuple):
+    """A model, its data, the names of the layers to adapt, and which other parameters are free."""
+
+    model: nn.Module
+    data: dict[str, Part]
+    targets: list[str]
+    free: Callable[[str], bool]
+
+
+def cells(section: Section, seeds: Sequence[int], *, first: int) -> list[Cell]:
+    """The rates of every arm and budget in turn `first`, then what they chose by seed."""
+    inputs = {name: value for name, value in asdict(section).items() if name not in _NOT_INPUTS}
+    inputs |= {"assets": assets.checksums(section.data)}
+    places = [
+        {"arm": arm, "budget": budget} for arm in section.arms for budget in (section.budgets if arm in SIZED else (0,))
+    ]
+    tried = [
+        Cell({"phase": "selection", **at, "rate": rate, "seed": section.selection_seed}, inputs, turn=first)
+        for at in places
+        for rate in section.rates
+    ]
+    chosen = inputs | {"rates": section.rates}
+    return tried + [
+        Cell({"phase": "final", **at, "by": by, "seed": seed}, chosen, turn=first + 1)
+        for seed in seeds
+        for at in places
+        for by in section.criteria
+    ]
+
+
+def rate_of(cell: Cell, found: Sequence[dict[str, Any]]) -> float:
+    """The cell's own rate, or its arm's and budget's with the lowest loss by its criterion, the smallest of equals."""
+    at = cell.coordinates
+    if "rate" in at:
+        return at["rate"]
+    own = {"phase": "selection", "arm": at["arm"], "budget": at["budget"]}
+    tried = [record for record in found if own.items() <= record["cell"].items()]
+    best = min(tried, key=lambda run: (run["metrics"][f"{at['by']}/loss"], run["cell"]["rate"]))
+    return best["cell"]["rate"]
+
+
+@functools.cache
+def _loaded(name: str) -> images.Images:
+    return images.load(name)
+
+
+def parts(section: Section, classes: Sequence[int]) -> dict[str, Part]:
+    """Train, validation and test: other images of the same classes, drawn by the data's own seed."""
+    found = _loaded(section.data).of(classes)
+    source, among, made = seeding.generator(section.data_seed, "split"), ~found.held, {}
+    for name in ("train", "validation", "test"):
+        rows = images.choose(found.labels, among, getattr(section, f"{name}_size"), source)
+        among[rows] = False
+        made[name] = Part(F.avg_pool2d(found.at(rows), section.pool), found.labels[rows])
+    return made
+
+
+def attach(section: Section, work: Work, arm: str, budget: int, *, seed: int) -> dict[str, nn.Parameter]:
+    """Freeze the model but for the arm's parameters and the free ones; returns those, by name."""
+    model = work.model.requires_grad_(arm == "full")
+    if arm == "nola":
+        sizes = {"r": section.nola_rank, "num_basis": (budget - budget // 2, budget // 2)}
+        scale = {"nola_alpha": section.nola_scale * section.nola_rank, "basis_seed": seed, "share_basis": False}
+        get_peft_model(model, NolaConfig(target_modules=work.targets, **sizes, **scale))
+    if arm == "pranc":
+        for name in work.targets:
+            options = {"seed": seed, "key": name, "scale": section.pranc_scale}
+            attach_pranc(model.get_submodule(name), num_basis=budget, **options)
+    for name, parameter in model.named_parameters():
+        if work.free(name):
+            parameter.requires_grad_(True)
+    return models.trainable(model)
+
+
+def run(cell: Cell, section: Section, place: Place, work: Work) -> Steps:
+    """Train an arm at a rate and measure it; yields once a step."""
+    at, train = cell.coordinates, work.data["train"]
+    rate, seed = rate_of(cell, place.records), at["seed"]
+    model = work.model.to(place.device)
+    parameters = attach(section, work, at["arm"], at["budget"], seed=seed)
+    source = seeding.generator(seed, "order")
+    rows = rollouts.batches(len(train.labels), size=section.batch_size, steps=section.steps, source=source)
+
+    def loss(chosen: Tensor) -> dict[str, Tensor]:
+        logits = model(train.images[chosen].to(place.device))
+        return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(place.device))}
+
+    curve = yield from supervised.fit(
+        parameters,
+        loss,
+        [torch.tensor(chosen) for chosen in rows],
+        learning_rate=rate,
+        clip_norm=section.clip_norm,
+        state=place.state,
+        save_every=section.save_every,
+    )
+    residual.measure_statistics(model, train.images.to(place.device))
+    counted = sum(parameter.numel() for name, parameter in parameters.items() if not work.free(name))
+    metrics = {"adapter/coefficients": float(counted if at["arm"] in SIZED else 0), "selection/rate": rate}
+    metrics |= scores(model, work.data, place.device, test=at["phase"] == "final")
+    return Result(metrics, curve, sum(parameter.numel() for parameter in parameters.values()))
+
+
+@torch.no_grad()
+def scores(model: nn.Module, data: dict[str, Part], device: torch.device, *, test: bool) -> dict[str, float]:
+    """Mean cross-entropy in nats and accuracy of every split; of the test split only where it is asked for."""
+    found = {}
+    for name, part in data.items():
+        if name != "test" or test:
+            logits = torch.cat([model(batch.to(device)).cpu() for batch in part.images.split(256)])
+            found[f"{name}/loss"] = F.cross_entropy(logits, part.labels).item()
+            found[f"{name}/accuracy"] = evaluation.accuracy(logits, part.labels)
+    return found

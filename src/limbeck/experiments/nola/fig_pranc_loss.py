@@ -1,0 +1,105 @@
+"""Training loss of NOLA and of PRANC on the same matrices, with as many coefficients (NOLA, Sec. 3.4).
+
+A perceptron of two hidden layers learns one half of the digits whole; then its hidden matrices are frozen, and each arm
+adapts them to the other half, with a fresh head that trains in every arm. A seed has its own first network.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from limbeck import models, seeding
+from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.nola import budgets
+from limbeck.params import positive
+from limbeck.training import resume, rollouts, supervised
+
+BEFORE, AFTER = range(5), range(5, 10)
+HIDDEN = ("first", "second")
+
+
+@dataclass(frozen=True)
+class Params(budgets.Section):
+    """The section of params/nola.yaml; sources stand there."""
+
+    width: int
+    base_steps: int
+    base_rate: float
+
+    def __post_init__(self) -> None:
+        """Check what no type can."""
+        super().__post_init__()
+        positive(width=self.width, base_steps=self.base_steps, base_rate=self.base_rate)
+
+
+def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
+    """The first network of every seed, selection of each rate, then every arm and budget by seed."""
+    rest = budgets.cells(params, seeds, first=1)
+    bases = [
+        Cell({"phase": "base", "arm": "full", "budget": 0, "seed": seed}, rest[0].inputs, (_file(seed),))
+        for seed in (params.selection_seed, *seeds)
+    ]
+    return bases + rest
+
+
+def _file(seed: int) -> str:
+    return f"base_{seed}.safetensors"
+
+
+def perceptron(inputs: int, width: int, classes: int, seed: int) -> nn.Sequential:
+    """Weights N(0, 2 / inputs), those of the head N(0, 1 / inputs), no bias to begin with."""
+    with torch.device("meta"):
+        first, second, head = nn.Linear(inputs, width), nn.Linear(width, width), nn.Linear(width, classes)
+    parts = {"flat": nn.Flatten(), "first": first, "bend": nn.ReLU(), "second": second, "again": nn.ReLU()}
+    model, source = nn.Sequential(OrderedDict(parts | {"head": head})), seeding.generator(seed, "perceptron")
+    state = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in (*HIDDEN, "head"):
+        weight = state[f"{name}.weight"]
+        weight.normal_(0, math.sqrt((1 if name == "head" else 2) / weight.shape[1]), generator=source)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def run(cell: Cell, params: Params, place: Place) -> budgets.Steps:
+    """Train and score one cell; yields once a step."""
+    at, base = cell.coordinates, cell.coordinates["phase"] == "base"
+    data = budgets.parts(params, BEFORE if base else AFTER)
+    model = perceptron(data["train"].images[0].numel(), params.width, len(AFTER), at["seed"])
+    if base:
+        return (yield from _pretrain(params, model, data, place, at["seed"]))
+    model.load_state_dict(load_file(place.checkpoints / _file(at["seed"])), strict=False)  # all but the head
+    work = budgets.Work(model, data, list(HIDDEN), lambda name: name.startswith("head"))
+    return (yield from budgets.run(cell, params, place, work))
+
+
+def _pretrain(
+    params: Params, model: nn.Module, data: dict[str, budgets.Part], place: Place, seed: int
+) -> budgets.Steps:
+    """Train the whole network and leave its hidden layers."""
+    model, train = model.to(place.device), data["train"]
+    source = seeding.generator(seed, "base order")
+    rows = rollouts.batches(len(train.labels), size=params.batch_size, steps=params.base_steps, source=source)
+
+    def loss(chosen: Tensor) -> dict[str, Tensor]:
+        logits = model(train.images[chosen].to(place.device))
+        return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(place.device))}
+
+    curve = yield from supervised.fit(
+        models.trainable(model),
+        loss,
+        [torch.tensor(chosen) for chosen in rows],
+        learning_rate=params.base_rate,
+        clip_norm=params.clip_norm,
+        state=place.state,
+        save_every=params.save_every,
+    )
+    left = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
+    resume.write_tensors(place.checkpoints / _file(seed), left)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Result(budgets.scores(model, data, place.device, test=False), curve, count)
