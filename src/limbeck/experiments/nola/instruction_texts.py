@@ -2,8 +2,8 @@
 
 Of meanings (`tasks.meanings`): the instruction names a meaning, the answer is what a person wrote for it. A question
 has such a text and three that were written for other meanings of the same act, which have one slot exchanged for
-another. Of each meaning that text is taken which makes the four most alike in words; none of the meanings is trained on.
-Questions so made are no benchmark; they stand where the paper has MMLU.
+another. Of each meaning that text is taken which makes the four most alike in words; none of the meanings is trained
+on. Questions so made are no benchmark; they stand where the paper has MMLU.
 
 Of `alpaca/<data set>`: instructions with answers; of `mmlu/<data set>`: questions of four answers, after five that are
 answered, each asked for its letter. A data set is a hub name or a local folder.
