@@ -227,6 +227,7 @@ def test_an_epoch_shows_each_shot_once_and_a_last_short_batch_is_dropped(section
     bench = vision.Bench(section, section.panels[PANEL], few, cells.place(folder, "x"), 0)
     batches = bench.batches()
     assert [len(rows) for rows in batches] == [8] * section.epochs[0], "of 15 shots, 8 an epoch"
+    assert len({tuple(rows.tolist()) for rows in batches}) == section.epochs[0], "every epoch has its own order"
     assert all(len(set(rows.tolist())) == 8 and set(rows.tolist()) <= set(few.train.tolist()) for rows in batches)
     whole = vision.Bench(
         dataclasses.replace(section, batch=64), section.panels[PANEL], few, cells.place(folder, "x"), 0

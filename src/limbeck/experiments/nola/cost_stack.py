@@ -22,7 +22,7 @@ NOLA = {  # arm: how its bases are kept and drawn; None draws all of a factor at
     "nola_shared": {"share_basis": True, "chunk_size": None},
     "nola_unique": {"share_basis": False, "chunk_size": None},
     "nola_regenerated": {"share_basis": False, "cache_bytes": 0, "chunk_size": None},
-    "nola_chunked": {"share_basis": False, "cache_bytes": 0, "chunk_size": None},
+    "nola_chunked": {"share_basis": False, "cache_bytes": 0},
     "released": {"share_basis": False, "cache_bytes": 0, "chunk_size": None, "init": "mean"},
 }
 ARMS = ("none", "lora", "vera", *NOLA)

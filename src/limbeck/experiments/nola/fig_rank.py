@@ -43,16 +43,15 @@ def cells(params: Params, _seeds: Sequence[int]) -> list[Cell]:
 def expected(arm: str, *, d: int, rank: int, budget: int) -> tuple[int, int]:
     """(span, Jacobian rank) by algebra.
 
-    NOLA: min(min(k, d r) min(l, d r), d^2) and min(k + l - 1, r (2 d - r)); PRANC: min(p, d^2) twice; LoRA: d^2, as
-    matrices of rank 1 span all, and r (2 d - r), the dimension of the matrices of rank r.
+    NOLA of k = l: min(k l, d^2) and min(k + l - 1, r (2 d - r)); PRANC: min(p, d^2) twice; LoRA: d^2, as matrices of
+    rank 1 span all, and r (2 d - r), the dimension of the matrices of rank r.
     """
     if arm == "pranc":
         return min(budget, d * d), min(budget, d * d)
     manifold = rank * (2 * d - rank)
     if arm == "lora":
         return d * d, manifold
-    effective = min(budget // 2, d * rank)
-    return min(effective**2, d * d), min(budget - 1, manifold)
+    return min((budget // 2) ** 2, d * d), min(budget - 1, manifold)
 
 
 def run(cell: Cell, params: Params, _place: Place) -> Generator[dict[str, float], None, Result]:
