@@ -46,7 +46,7 @@ figures: $(READY)  ## draw the exhibits again from the committed records; nothin
 	dvc commit --quiet --force $(STAGES)
 	python -m limbeck.readme
 
-full: $(READY)  ## the long experiments (an hour on two cores; stop and continue at will)
+full: $(READY)  ## the long experiments (hours on two cores; stop and continue at will)
 	python -m limbeck.assets
 	python -m limbeck.assets efficientnet_lite0
 	dvc repro --allow-missing pipelines/full/dvc.yaml

@@ -76,7 +76,7 @@ def test_only_the_last_layers_and_the_norm_after_them_are_trained(tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (paths.DATA / "raw" / "smollm2").is_dir(), reason="fetched on request alone")
+@pytest.mark.skipif(not (paths.DATA / "raw" / "smollm2").is_dir(), reason="not fetched")
 def test_smollm2_is_copied_once_and_knows_a_capital(tmp_path, monkeypatch):
     source = assets.path("smollm2")
     monkeypatch.setattr(paths, "DATA", tmp_path)

@@ -23,22 +23,21 @@ def step(model):
     return cost_stack.step(model, tokens=SECTION.tokens, width=WIDTH, learning_rate=0.1)
 
 
-@pytest.mark.parametrize(
-    "call", [lambda: torch.ones(4 * MEGABYTE).sum(), lambda: np.ones(4 * MEGABYTE, np.float32).sum()]
-)
-def test_a_peak_is_what_was_held_at_once_also_where_an_earlier_call_freed_as_much(call):
-    """16 MB each time, not 32; the counts of pages that the kernel keeps lag by some hundred kilobytes."""
-    for times in (1, 1, 2):
-        found = cost_memory.peak_extra(lambda times=times: [call() for _ in range(times)])
-        assert 15 * MEGABYTE < found < 18 * MEGABYTE
+@pytest.mark.parametrize("ones", [torch.ones, lambda n: np.ones(n, np.float32)], ids=["torch", "numpy"])
+def test_a_peak_is_what_was_held_at_once_also_where_an_earlier_call_freed_as_much(ones):
+    """64 MB come from the system and go back to it at once; 16 MB may stay with the allocator that freed them."""
+    found = cost_memory.peak_extra(lambda: [ones(16 * MEGABYTE).sum() for _ in range(2)])
+    assert 63 * MEGABYTE < found < 70 * MEGABYTE
+    for _ in range(3):
+        assert cost_memory.peak_extra(lambda: ones(4 * MEGABYTE).sum()) > 15 * MEGABYTE
 
 
 def test_the_released_sum_is_that_of_its_bases_and_so_is_its_gradient(global_generators):
-    shape, seeds, before = (5, 3), (7, 8), global_generators()
-    coefficients, weights = torch.linspace(-1, 1, 2 * K).view(2, K), torch.arange(30.0).view(2, *shape)
-    found = ReleasedSums(seeds, shape, K)(coefficients.requires_grad_())
+    shape, seeds, before = (5, 3), (4, 9), global_generators()
+    coefficients, weights = torch.linspace(-1, 1, 14).view(2, 7), torch.arange(30.0).view(2, *shape)
+    found = ReleasedSums(seeds, shape, 7)(coefficients.requires_grad_())
     (found * weights).sum().backward()
-    drawn = [torch.rand(K, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    drawn = [torch.rand(7, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     bases = torch.stack([(2 * numbers - 1) / 15**0.5 for numbers in drawn])
     torch.testing.assert_close(found, torch.einsum("mk,mkrc->mrc", coefficients, bases))
     torch.testing.assert_close(coefficients.grad, torch.einsum("mrc,mkrc->mk", weights, bases))
@@ -92,6 +91,7 @@ def test_what_merging_would_leave_behind_is_counted(base):
     assert table_cost.merging(base, adapted, SECTION.tokens) == {"merged/modules": 0.0, "merged/operations": 0.0}
 
 
+@pytest.mark.slow
 def test_chunks_take_their_share_of_the_memory_of_one_factor(base):
     """At 512 bases of 1,024 x 8 numbers, 16.8 MB, as in the bench; a heap in pieces, as in tests, may add to them."""
     section = dataclasses.replace(SECTION, layers=1, width=1024, heads=16, num_basis=512, chunk_size=16, rank=8)
@@ -102,6 +102,7 @@ def test_chunks_take_their_share_of_the_memory_of_one_factor(base):
     assert found["nola_chunked"]["memory/share"] < 1 / 8
 
 
+@pytest.mark.slow
 def test_a_round_has_every_arm_with_its_ratio_to_lora_and_what_it_adds_to_the_stack():
     frame = table_cost.measure("smoke")
     assert len(frame) == len(SECTION.arms) * SECTION.rounds
