@@ -18,6 +18,7 @@ BELOW = {
     "language_models": {"language_models", "models", "assets", "carriers", "paths", "seeding"},
     "answers": {"answers", "models", "tasks", "assets", "carriers", "params", "paths", "seeding"},
     "efficientnet": {"efficientnet", "assets", "carriers", "paths", "seeding"},
+    "residual": {"residual", "seeding"},
     "image_models": {"image_models", "adapters", "efficientnet", "models", "assets", "carriers", "paths", "seeding"},
     "text_scores": {"text_scores", "tasks", "assets", "carriers", "params", "paths", "seeding"},
     "evaluation": {"evaluation", "models", "tasks", "assets", "carriers", "params", "paths", "seeding"},
