@@ -150,3 +150,14 @@ def test_one_stem_names_experiment_notebook_and_claims():
         assert {pipeline.source(path) for path in own} == set(pipeline.experiments(paper, "smoke")) | timed
         for path in own:
             assert f'exhibit = "{path.stem}"' in "\n".join(cell.source for cell in code(path))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(paths.RESULTS.glob("*/executed/*/*.ipynb")), ids=lambda path: "/".join(path.parts[-4:])
+)
+def test_what_was_executed_is_what_is_committed(path):
+    """Text too: a Reading that came after its run is in the executed copy only if the exhibit was drawn again."""
+    cells = nbformat.read(path, as_version=4).cells
+    executed = [cell.source for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    committed = nbformat.read(paths.NOTEBOOKS / path.parent.name / path.name, as_version=4).cells
+    assert executed == [cell.source for cell in committed]
