@@ -147,28 +147,29 @@ def attach(section: Section, work: Work, arm: str, budget: int, *, seed: int) ->
     return models.trainable(model)
 
 
+def fit(
+    section: Section, place: Place, model: nn.Module, train: Part, *, order: torch.Generator, steps: int, rate: float
+) -> Generator[dict[str, float], None, supervised.Curve]:
+    """Train what is trainable of a model, by `supervised.fit`, on batches in the drawn order."""
+    rows = rollouts.batches(len(train.labels), size=section.batch_size, steps=steps, source=order)
+
+    def loss(chosen: Tensor) -> dict[str, Tensor]:
+        logits = model(train.images[chosen].to(place.device))
+        return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(place.device))}
+
+    batches = [torch.tensor(chosen) for chosen in rows]
+    options = {"clip_norm": section.clip_norm, "state": place.state, "save_every": section.save_every}
+    return supervised.fit(models.trainable(model), loss, batches, learning_rate=rate, **options)
+
+
 def run(cell: Cell, section: Section, place: Place, work: Work) -> Steps:
     """Train an arm at a rate and measure it; yields once a step."""
     at, train = cell.coordinates, work.data["train"]
     rate, seed = rate_of(cell, place.records), at["seed"]
     model = work.model.to(place.device)
     parameters = attach(section, work, at["arm"], at["budget"], seed=seed)
-    source = seeding.generator(seed, "order")
-    rows = rollouts.batches(len(train.labels), size=section.batch_size, steps=section.steps, source=source)
-
-    def loss(chosen: Tensor) -> dict[str, Tensor]:
-        logits = model(train.images[chosen].to(place.device))
-        return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(place.device))}
-
-    curve = yield from supervised.fit(
-        parameters,
-        loss,
-        [torch.tensor(chosen) for chosen in rows],
-        learning_rate=rate,
-        clip_norm=section.clip_norm,
-        state=place.state,
-        save_every=section.save_every,
-    )
+    options = {"order": seeding.generator(seed, "order"), "steps": section.steps, "rate": rate}
+    curve = yield from fit(section, place, model, train, **options)
     residual.measure_statistics(model, train.images.to(place.device))
     counted = sum(parameter.numel() for name, parameter in parameters.items() if not work.free(name))
     metrics = {"adapter/coefficients": float(counted if at["arm"] in SIZED else 0), "selection/rate": rate}

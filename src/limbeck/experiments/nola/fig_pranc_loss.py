@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from limbeck import models, seeding
+from limbeck import seeding
 from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.nola import budgets
 from limbeck.params import positive
-from limbeck.training import resume, rollouts, supervised
+from limbeck.training import resume
 
 BEFORE, AFTER = range(5), range(5, 10)
 HIDDEN = ("first", "second")
@@ -82,23 +81,9 @@ def _pretrain(
     params: Params, model: nn.Module, data: dict[str, budgets.Part], place: Place, seed: int
 ) -> budgets.Steps:
     """Train the whole network and leave its hidden layers."""
-    model, train = model.to(place.device), data["train"]
-    source = seeding.generator(seed, "base order")
-    rows = rollouts.batches(len(train.labels), size=params.batch_size, steps=params.base_steps, source=source)
-
-    def loss(chosen: Tensor) -> dict[str, Tensor]:
-        logits = model(train.images[chosen].to(place.device))
-        return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(place.device))}
-
-    curve = yield from supervised.fit(
-        models.trainable(model),
-        loss,
-        [torch.tensor(chosen) for chosen in rows],
-        learning_rate=params.base_rate,
-        clip_norm=params.clip_norm,
-        state=place.state,
-        save_every=params.save_every,
-    )
+    model, order = model.to(place.device), seeding.generator(seed, "base order")
+    options = {"order": order, "steps": params.base_steps, "rate": params.base_rate}
+    curve = yield from budgets.fit(params, place, model, data["train"], **options)
     left = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
     resume.write_tensors(place.checkpoints / _file(seed), left)
     count = sum(parameter.numel() for parameter in model.parameters())
