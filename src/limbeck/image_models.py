@@ -18,6 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from limbeck import efficientnet, models, seeding
 from limbeck.adapters import NolaConfig
+from limbeck.adapters.lora import draw_start
 
 HEADS = ("classifier", "_fc")
 SIDE = 28  # of what a shape reads
@@ -126,7 +127,10 @@ def attach(model: nn.Module, arm: str, *, rank: int, seed: int) -> int:
         return sum(parameter.numel() for parameter in model.parameters() if id(parameter) in rest)
     model.requires_grad_(False)
     if arm.startswith("lora_"):
-        _attach_lora(model, int(arm.removeprefix("lora_")), seed)
+        options = dict.fromkeys(("r", "lora_alpha"), int(arm.removeprefix("lora_")))
+        with torch.random.fork_rng(devices=[]):
+            inject_adapter_in_model(LoraConfig(target_modules=_of(model, _LORA_TARGETS), **options), model)
+        draw_start(model, seed)
     elif arm in ("nola", "nola_half"):
         count = budget(model) // (1 if arm == "nola" else 2)
         matrices = len(_targets(model, _NOLA_TARGETS))
@@ -154,15 +158,3 @@ def _of(model: nn.Module, targets: list[str]) -> list[str]:
 def _targets(model: nn.Module, targets: list[str]) -> list[nn.Module]:
     ends = tuple(f".{name}" for name in _of(model, targets))
     return [module for name, module in model.named_modules() if f".{name}".endswith(ends)]
-
-
-def _attach_lora(model: nn.Module, rank: int, seed: int) -> None:
-    """PEFT's own draw is discarded, and the global generator left alone."""
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_of(model, _LORA_TARGETS))
-    with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(config, model)
-    source = seeding.generator(seed, "lora")
-    for name, parameter in models.trainable(model).items():
-        if ".lora_A." in name:
-            bound = parameter[0].numel() ** -0.5
-            parameter.data.uniform_(-bound, bound, generator=source)

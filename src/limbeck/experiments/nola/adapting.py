@@ -1,4 +1,4 @@
-"""Adapters by arm on the query and value projections of the top layers of a frozen decoder.
+"""Adapters by arm on some projections of the top layers of a frozen decoder: unless told, its queries and values.
 
 `nola` has the trainable parameters of LoRA of rank 1, `nola_half` and `nola_fifth` that share of them: k = l over all
 matrices alike, whatever its rank. LoRA starts as its paper does, A Kaiming-uniform and B zero, VeRA as PEFT's; all are
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from limbeck import language_models, models, seeding
+from limbeck import language_models, models
 from limbeck.adapters import NolaConfig
+from limbeck.adapters.lora import draw_start
 from limbeck.params import positive
 from limbeck.training import resume
 
@@ -31,6 +32,7 @@ SHARES = {"nola": 1.0, "nola_half": 0.5, "nola_fifth": 0.2}  # of the parameters
 ARMS = ("none", "full", "lora_4", "lora_1", "vera", *SHARES)
 TARGETS = ("q_proj", "v_proj")
 Model = PreTrainedModel | PeftModel
+Targets = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -88,25 +90,30 @@ def unfuse(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def shapes(model: PreTrainedModel, layers: Sequence[int]) -> list[tuple[int, int]]:
+def shapes(model: PreTrainedModel, layers: Sequence[int], targets: Targets = TARGETS) -> list[tuple[int, int]]:
     """(in, out) of every matrix that is adapted; the model is not fused."""
     named = (item for index in layers for item in stack(model)[index].named_modules())
-    return [(layer.in_features, layer.out_features) for name, layer in named if name.endswith(TARGETS)]
+    return [(layer.in_features, layer.out_features) for name, layer in named if name.endswith(targets)]
 
 
-def bases(model: PreTrainedModel, layers: Sequence[int], share: float = 1.0) -> int:
+def bases(model: PreTrainedModel, layers: Sequence[int], share: float = 1.0, targets: Targets = TARGETS) -> int:
     """k = l at which NOLA has `share` of the parameters of LoRA of rank 1: 2 k a matrix against in + out."""
-    found = shapes(model, layers)
+    found = shapes(model, layers, targets)
     return max(1, int(share * sum(map(sum, found)) / (2 * len(found)) + 1e-9))
 
 
-def lora(model: PreTrainedModel, layers: Sequence[int], *, rank: int, scale: float, seed: int) -> PeftModel:
-    """PEFT's LoRA: A uniform within 1 / sqrt(in), drawn from the seed, B zero."""
-    attached = _attached(model, LoraConfig(r=rank, lora_alpha=scale * rank, **_where(layers)))
-    for name, parameter in models.trainable(attached).items():
-        if ".lora_A." in name:
-            bound = parameter.shape[1] ** -0.5
-            parameter.data.uniform_(-bound, bound, generator=seeding.generator(seed, "lora", name))
+def lora(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    *,
+    rank: int,
+    scale: float,
+    seed: int,
+    targets: Targets = TARGETS,
+) -> PeftModel:
+    """PEFT's LoRA; `draw_start` draws A from the seed."""
+    attached = _attached(model, LoraConfig(r=rank, lora_alpha=scale * rank, **_where(layers, targets)))
+    draw_start(attached, seed)
     return attached
 
 
@@ -114,7 +121,7 @@ def vera(model: PreTrainedModel, layers: Sequence[int], *, rank: int, seed: int)
     """PEFT's VeRA; its shared pair comes from the seed and is not saved, as NOLA's bases are not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a pair which is not saved has to be drawn again
-        config = VeraConfig(r=rank, projection_prng_key=seed, save_projection=False, **_where(layers))
+        config = VeraConfig(r=rank, projection_prng_key=seed, save_projection=False, **_where(layers, TARGETS))
     return _attached(model, config)
 
 
@@ -126,11 +133,12 @@ def nola(
     number: int | tuple[int, int],
     scale: float,
     seed: int,
+    targets: Targets = TARGETS,
     **more: Any,
 ) -> PeftModel:
     """NOLA of `number` bases a factor, k = l or (k, l); `more` are further fields of NolaConfig."""
-    config = NolaConfig(r=rank, num_basis=number, nola_alpha=scale * rank, basis_seed=seed, **_where(layers), **more)
-    return _attached(model, config)
+    size = {"r": rank, "num_basis": number, "nola_alpha": scale * rank}
+    return _attached(model, NolaConfig(basis_seed=seed, **size, **_where(layers, targets), **more))
 
 
 def attach(arm: str, model: PreTrainedModel, settings: Settings, *, layers: int, seed: int) -> Model:
@@ -170,8 +178,8 @@ def bytes_on_disk(model: Model) -> int:
         return sum(os.path.getsize(file) for file in Path(folder).rglob("*") if file.is_file())
 
 
-def _where(layers: Sequence[int]) -> dict[str, Any]:
-    return {"target_modules": list(TARGETS), "layers_to_transform": list(layers)}
+def _where(layers: Sequence[int], targets: Targets) -> dict[str, Any]:
+    return {"target_modules": list(targets), "layers_to_transform": list(layers)}
 
 
 def _attached(model: PreTrainedModel, config: PeftConfig) -> PeftModel:

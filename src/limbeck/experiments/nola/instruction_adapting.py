@@ -3,15 +3,8 @@
 LoRA has rank 1. NOLA has the share of its parameters that the arm or the section says: k = l over all matrices alike.
 """
 
-from collections.abc import Sequence
-
-import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel
 
-from limbeck import models, seeding
-from limbeck.adapters import NolaConfig
 from limbeck.experiments.nola import adapting
 from limbeck.experiments.nola.adapting import Model
 
@@ -25,28 +18,8 @@ def attach(
     """The frozen model with the arm's adapter in its last `layers` layers, all with 0; `share` is that of `nola`."""
     if arm == "none":
         return model
-    chosen = adapting.top(model, layers)
-    where = {"target_modules": list(TARGETS), "layers_to_transform": chosen}
+    chosen, drawn = adapting.top(model, layers), {"seed": seed, "targets": TARGETS}
     if arm == "lora_1":
-        return _attached(model, LoraConfig(r=1, lora_alpha=settings.lora_scale, **where), seed)
-    number = bases(model, chosen, share if arm == "nola" else adapting.SHARES[arm])
-    options = {"r": settings.nola_rank, "nola_alpha": settings.nola_scale * settings.nola_rank, "basis_seed": seed}
-    return _attached(model, NolaConfig(num_basis=number, **options, **where), seed)
-
-
-def bases(model: PreTrainedModel, layers: Sequence[int], share: float) -> int:
-    """k = l at which NOLA has `share` of the parameters of LoRA of rank 1 on the same layers."""
-    every = (layer for index in layers for layer in adapting.stack(model)[index].modules())
-    sizes = [layer.in_features + layer.out_features for layer in every if isinstance(layer, nn.Linear)]
-    return max(1, int(share * sum(sizes) / (2 * len(sizes))))
-
-
-def _attached(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
-    """The model with an adapter; PEFT draws LoRA's A when it makes a layer, hence the fork, and then the seed does."""
-    with torch.random.fork_rng(devices=[]):
-        attached = get_peft_model(model, config).eval()
-    for name, weight in models.trainable(attached).items():
-        if ".lora_A." in name:
-            bound = weight.shape[1] ** -0.5
-            weight.data.uniform_(-bound, bound, generator=seeding.generator(seed, "lora", name))
-    return attached
+        return adapting.lora(model, chosen, rank=1, scale=settings.lora_scale, **drawn)
+    number = adapting.bases(model, chosen, share if arm == "nola" else adapting.SHARES[arm], TARGETS)
+    return adapting.nola(model, chosen, rank=settings.nola_rank, number=number, scale=settings.nola_scale, **drawn)

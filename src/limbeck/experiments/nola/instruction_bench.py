@@ -110,19 +110,6 @@ class Bench(text_bench.Bench):
         """The data."""
         return prepare(self.section)
 
-    def all_pairs(self) -> list[Pair]:
-        """What is learned, what the loss is measured on, and the choices."""
-        return [pair for part in self.data.pairs.values() for pair in part]
-
-    @functools.cached_property
-    def texts(self) -> dict[str, Texts]:
-        """`train`, `validation` and `choices`, with their states where a cell has left them."""
-        found, held = super().texts, len(self.data.validation)
-        if self.section.layers:  # there the two last parts are one
-            rest = found["validation"]
-            found |= {"validation": rest.rows(range(held)), "choices": rest.rows(range(held, len(rest)))}
-        return found
-
     def attach(self, arm: str, *, seed: int) -> Model:
         """The frozen model with the arm's adapter."""
         section, options = self.section, {"layers": self.section.layers, "share": self.section.nola_share, "seed": seed}

@@ -4,6 +4,7 @@ A cell of the first turn leaves the states below the adapted layers (`text_model
 """
 
 import functools
+import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,12 +134,12 @@ class Bench:
         return models.precision(self.place.precision, width=width, where=self.place.device)
 
     def all_pairs(self) -> list[Pair]:
-        """What is learned, then what the loss is measured on."""
-        return [*self.data.pairs["train"], *self.data.pairs["validation"]]
+        """The pairs of every part, part after part."""
+        return [pair for part in self.data.pairs.values() for pair in part]
 
     @functools.cached_property
     def texts(self) -> dict[str, Texts]:
-        """`train` and `validation`, with their states where a cell has left them."""
+        """The parts of the data, with their states where a cell has left them."""
         parts, layers = self.data.pairs, self.section.layers
         if not layers:
             return {name: Texts(pairs) for name, pairs in parts.items()}
@@ -148,8 +149,8 @@ class Bench:
             found = load_file(self.place.checkpoints / f"{STATES}_{half}.safetensors", device=str(self.place.device))
             cut = found[STATES].split([len(pairs[row].read) for row in rows])
             below |= dict(zip(rows, cut, strict=True))
-        whole, first = Texts(pairs, [below[row] for row in range(len(pairs))], layers), len(parts["train"])
-        return {"train": whole.rows(range(first)), "validation": whole.rows(range(first, len(pairs)))}
+        whole, rows = Texts(pairs, [below[row] for row in range(len(pairs))], layers), iter(range(len(pairs)))
+        return {name: whole.rows(list(itertools.islice(rows, len(part)))) for name, part in parts.items()}
 
     def fit(
         self, model: Model, *, learning_rate: float, size: int, steps: int, seed: int
