@@ -217,6 +217,36 @@ def test_saved_bases_make_the_generator_unimportant(tmp_path, monkeypatch):
         load(tmp_path, lost)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 10**6])
+def test_saved_bases_are_those_of_their_adapter_alone(tmp_path, cache_bytes):
+    """Another adapter of the same seed has more bases, or a file with fewer."""
+    found = {}
+    for count in (7, 4):
+        model = trained("llama", save_basis=True, num_basis=count, cache_bytes=cache_bytes)
+        found[count] = outputs("llama", model)
+        model.save_pretrained(str(tmp_path / str(count)))
+    alone = trained("llama", num_basis=12, cache_bytes=cache_bytes)
+    read = PeftModel.from_pretrained(tiny_hosts.host("llama"), str(tmp_path / "7"))
+    read.add_adapter("more", tiny_hosts.config("llama", num_basis=12, cache_bytes=cache_bytes))
+    read.load_adapter(str(tmp_path / "4"), "fewer")
+    state = get_peft_model_state_dict(alone)
+    set_peft_model_state_dict(read, state, adapter_name="more")
+    for adapter, expected in {"more": outputs("llama", alone), "fewer": found[4], "default": found[7]}.items():
+        read.set_adapter(adapter)
+        assert torch.equal(outputs("llama", read), expected), adapter
+
+
+def test_what_transformers_saved_is_read_too(tmp_path):
+    """Its integration puts PEFT's prefix before every key, our own among them."""
+    host = tiny_hosts.host("llama")
+    host.add_adapter(tiny_hosts.config("llama"))
+    tiny_hosts.perturb(host)
+    expected = outputs("llama", host)
+    host.save_pretrained(str(tmp_path))
+    read = PeftModel.from_pretrained(tiny_hosts.host("llama"), str(tmp_path))
+    assert torch.equal(outputs("llama", read), expected)
+
+
 def test_two_adapters_of_one_model_are_saved_and_loaded_apart(tmp_path):
     model = trained("gpt2")
     model.add_adapter("other", tiny_hosts.config("gpt2", basis_seed=3, num_basis=4, quant_bits=4))

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import materialised
 import pytest
@@ -183,6 +184,38 @@ def test_a_bank_keeps_what_its_budget_holds_once_for_each_stream():
         list(bank.chunks(stream, 10, like=like, chunk_size=4, budget=2 * 10 * 24 * 4))
     assert [name[0].factor for name in bank.kept] == ["A", "B"]
     assert not pickle.loads(pickle.dumps(bank)).kept  # noqa: S301
+
+
+def test_a_draw_that_is_interrupted_leaves_nothing_behind(monkeypatch):
+    bank, stream, like, draw, calls = Bank(), Stream(0, "key", "A", (6, 4)), torch.empty(0), Stream.draw, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    monkeypatch.setattr(Stream, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(bank.chunks(stream, 10, like=like, chunk_size=4, budget=10**6))
+    assert not bank.kept
+    ((_, bases),) = bank.chunks(stream, 10, like=like, chunk_size=4, budget=10**6)
+    assert torch.equal(bases, draw(stream, 0, 10))
+
+
+def test_no_thread_meets_bases_that_another_has_not_drawn_to_the_end():
+    stream, like = Stream(0, "key", "A", (64, 8)), torch.empty(0)
+    expected = stream.draw(0, 96)
+    for _ in range(20):
+        bank, start = Bank(), threading.Barrier(4)
+
+        def first(_, bank=bank, start=start):
+            start.wait()
+            ((_, bases),) = bank.chunks(stream, 96, like=like, chunk_size=1, budget=10**9)
+            return bases.clone()
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(torch.equal(bases, expected) for bases in pool.map(first, range(4)))
 
 
 def test_a_checksum_tells_every_difference_and_no_order():

@@ -175,6 +175,45 @@ def test_the_sum_is_built_once_until_a_coefficient_changes(draws):
         assert builds(lambda: None) == 0
 
 
+class Elsewhere(torch.Tensor):
+    """Coefficients that say they are on a GPU."""
+
+    device = property(lambda _: torch.device("cuda"))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_fused_step_is_seen_on_a_device_too_and_frozen_coefficients_are_not_compared_there(trains, monkeypatch):
+    """A fused optimiser raises no version."""
+    weight = torch.nn.Parameter(numbers(1, K).detach().float(), requires_grad=trains)
+    factor, coefficients, compared = Factor(Bank(), streams("x"), K), weight.as_subclass(Elsewhere), []
+    monkeypatch.setattr(factor, "_build", lambda values: values.as_subclass(torch.Tensor).clone()[None])
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: compared.append(pair) or equal(*pair))
+    factor.value(coefficients)
+    version = coefficients._version
+    if trains:
+        weight.grad = torch.ones_like(weight)
+        torch.optim.AdamW([weight], lr=0.1, fused=True).step()
+    assert coefficients._version == version
+    assert equal(factor.value(coefficients)[0], weight)
+    assert len(compared) == trains
+
+
+def test_a_compiled_model_computes_and_learns_as_it_does_uncompiled():
+    """From its first call, with kept bases and with drawn ones."""
+    for budget in (10**6, 0):
+        found = []
+        for compiled in (True, False):
+            factor, weight = Factor(Bank(), streams("x"), K, budget=budget), torch.nn.Parameter(numbers(1, K).detach())
+            step = torch.compile(lambda w, factor=factor: (factor(w) * 2).square().sum(), backend="eager")
+            for _ in range(2):
+                loss = (step if compiled else step._torchdynamo_orig_callable)(weight)
+                (grad,) = torch.autograd.grad(loss, weight)
+                weight.data -= 0.01 * grad
+            found.append((loss.detach(), weight.detach()))
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def test_another_tensor_with_the_same_version_is_not_mistaken_for_the_first():
     factor = Factor(Bank(), streams("x"), K)
     one, two = (torch.full((1, K), c) for c in (1.0, 2.0))

@@ -3,6 +3,7 @@
 import jaxtyping
 import pytest
 import tiny_hosts
+import torch
 from peft import PeftConfig
 from torch import nn
 
@@ -17,6 +18,7 @@ BAD = [
     ({"r": 0}, "r 0, expected an integer of at least 1"),
     ({"nola_alpha": 0}, "nola_alpha 0, expected a positive number"),
     ({"nola_alpha": float("inf")}, "nola_alpha inf, expected"),
+    ({"nola_alpha": "8"}, "nola_alpha '8', expected a positive number"),
     ({"basis_seed": True}, "basis_seed True, expected an integer"),
     ({"basis_seed": 1.0}, "basis_seed 1.0, expected an integer"),
     ({"basis_seed": "1"}, "basis_seed '1', expected an integer"),
@@ -26,9 +28,11 @@ BAD = [
     ({"basis_distribution": "cauchy"}, "basis_distribution 'cauchy', expected one of uniform, normal, rademacher"),
     ({"quant_bits": 5}, "received 5 bits a coefficient, expected one of 2, 3, 4, 8"),
     ({"quant_bits": 0}, "received 0 bits"),
+    ({"quant_bits": 4.0}, "received 4.0 bits"),
     ({"chunk_size": 0}, "chunk_size 0, expected"),
     ({"cache_bytes": -1}, "cache_bytes -1, expected"),
     ({"fused_slices": {"c_attn": ("q", "x")}}, r"slices \('q', 'x'\) of c_attn, expected some of q, k, v"),
+    ({"fused_slices": ["c_attn"]}, r"fused_slices \['c_attn'\], expected a dict"),
     ({"fused_slices": {"c_attn": ()}}, "slices"),
     ({"fused_slices": {"c_attn": ("q", "q")}}, "slices"),
     ({"layers_pattern": "h"}, "layers_pattern 'h', expected layers_to_transform"),
@@ -92,6 +96,32 @@ class Attention(nn.Module):
 def test_a_target_that_cannot_be_adapted_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_hosts.get_peft_model(Attention(), NolaConfig(**options))
+
+
+def test_a_refused_adapter_leaves_no_coefficient_behind():
+    model = tiny_hosts.adapted("mlp")
+    before = dict(model.state_dict())
+    with pytest.raises(ValueError, match="fused_slices of nothing, expected some of"):
+        model.add_adapter("bad", tiny_hosts.config("mlp", fused_slices={"nothing": ("q",)}, modules_to_save=None))
+    assert model.state_dict().keys() == before.keys()
+    assert list(model.peft_config) == ["default"]
+
+
+def test_the_linear_layers_of_an_encoder_layer_are_adapted_only_where_they_are_called():
+    """In evaluation, its fast path reads their weights: PEFT's LoRA does nothing there, unnoticed."""
+    config = NolaConfig(target_modules=["linear1"], init="mean", r=2, num_basis=3)
+    host = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True).eval()
+    x = torch.linspace(-1, 1, 24).view(2, 3, 4)
+    with pytest.raises(ValueError, match=r"linear1 of a TransformerEncoderLayer.*torch\.backends\.mha"):
+        tiny_hosts.get_peft_model(host, config)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad():
+            base = host(x)
+            assert not torch.equal(tiny_hosts.get_peft_model(host, config)(x), base)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @pytest.mark.parametrize("name", ["first", "model", "base_model", "a.b"])

@@ -228,3 +228,13 @@ def test_a_convolution_to_few_channels_is_as_loras():
     lora.base_model.model.layer.lora_A["default"].weight.data = a[0].t().reshape(2, 5, 3, 3)
     lora.base_model.model.layer.lora_B["default"].weight.data = b[0].t()[:, :, None, None]
     torch.testing.assert_close(model(x), lora(x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_coefficients_that_are_moved_train_as_before(trains):
+    model = tiny_hosts.adapted("mlp")
+    for layer in tiny_hosts.nola_layers(model).values():
+        layer.requires_grad_(trains)
+        layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
+        for coefficients in layer.coefficients("default"):
+            assert (coefficients.device.type, coefficients.requires_grad) == ("meta", trains)

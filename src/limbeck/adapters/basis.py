@@ -93,10 +93,10 @@ class Stream:
 
 
 class Bank:
-    """The bases of one model: each stream in memory once, as long as a budget of bytes holds it, else drawn again.
+    """The bases of a model: each stream in memory once, as long as a budget of bytes holds it, else drawn again.
 
     They are no buffers: they can be drawn at any time, so they are not saved, copied or pickled, and a model that is
-    cast casts no basis. Only bases that a file gave (`save_basis`) are more than a cache.
+    cast casts no basis. Only bases that a file gave (`save_basis`) are more than a cache; they are of one adapter.
     """
 
     def __init__(self, given: dict[Stream, Float[Tensor, "basis size"]] | None = None):
@@ -117,13 +117,14 @@ class Bank:
         """(start, bases) that cover 0 to `number`, on the device and in the dtype of `like`: all in one if kept."""
         name = (stream, number, like.device, like.dtype)
         parts = ((start, min(chunk_size, number - start)) for start in range(0, number, chunk_size))
-        held = sum(bases.nbytes for bases in self.kept.values())
-        if name not in self.kept and held + number * stream.size * like.element_size() <= budget:
-            self.kept[name] = like.new_empty(number, stream.size)
+        kept, held = self.kept.get(name), sum(bases.nbytes for bases in tuple(self.kept.values()))
+        if kept is None and held + number * stream.size * like.element_size() <= budget:
+            kept = like.new_empty(number, stream.size)
             for start, count in parts:
-                self.kept[name][start : start + count] = self.draw(stream, start, count)
-        if name in self.kept:
-            yield 0, self.kept[name]
+                kept[start : start + count] = self.draw(stream, start, count)
+            self.kept[name] = kept  # whole: an interrupt or another thread never meets half of it
+        if kept is not None:
+            yield 0, kept
         else:
             yield from ((start, self.draw(stream, start, count).to(like)) for start, count in parts)
 

@@ -95,7 +95,7 @@ def _split(
 
 
 def _verified(
-    entries: dict[str, Tensor], config: NolaConfig, streams: dict[str, tuple[Stream, int]], bank: Bank
+    entries: dict[str, Tensor], config: NolaConfig, streams: dict[str, tuple[Stream, int]]
 ) -> dict[Stream, Tensor]:
     """The bases of the file, if it has to have them; either way those that its coefficients were counted from."""
     given = {stream: entries[key].cpu() for key, (stream, _) in streams.items()} if config.save_basis else {}
@@ -104,7 +104,7 @@ def _verified(
     _require("seed", entries[f"{ROOT}seed"].item(), config.basis_seed)
     if not given:
         _require("generator", bytes(entries[f"{ROOT}generator"].tolist()).decode(), GENERATOR)
-    checksum = Bank(given or bank.given).checksum(stream for stream, _ in streams.values())
+    checksum = Bank(given).checksum(stream for stream, _ in streams.values())
     _require("checksum of its bases", bytes(entries[f"{ROOT}checksum"].tolist()).hex(), checksum.hex())
     return given
 
@@ -119,6 +119,8 @@ def from_file(
     layers = adapted(model, adapter_name)
     streams = _streams(layers, adapter_name)
     prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
+    plain = {key: key.removeprefix(PREFIX) for key in state_dict}  # transformers puts the prefix before our own keys
+    state_dict = {plain[key] if plain[key].startswith(ROOT) else key: value for key, value in state_dict.items()}
     keys = {name: f"{prefix}{name.removeprefix(PREFIX)}.nola_coefficients" for name in layers}
     own = {*keys.values(), *(f"{ROOT}{name}" for name in ("seed", "generator", "checksum"))}
     own |= {f"{ROOT}scales"} if config.quant_bits else set()
@@ -129,10 +131,10 @@ def from_file(
     if unexpected or own - set(state_dict):
         missing = sorted(own - set(state_dict))
         raise ValueError(f"received an adapter without {missing} and with {unexpected}, expected just the model's keys")
-    bank = next(iter(layers.values())).nola_factors[adapter_name][0].bank
-    given = _verified(state_dict, config, streams, bank)
+    given = _verified(state_dict, config, streams)
     coefficients = dict(_split(state_dict, keys, layers, adapter_name, config.quant_bits))
     if given:
-        bank.given |= given
-        bank.kept.clear()
+        bank = Bank(given)  # other adapters of the model go on with the bases of their seeds
+        for factor in (factor for layer in layers.values() for factor in layer.nola_factors[adapter_name]):
+            factor.take_from(bank)
     return rest | coefficients

@@ -35,9 +35,9 @@ class Factor:
     Streams may be equal: then the matrices share bases, and one product combines them all. `fixed` are the streams of
     A0 (of which the first basis counts, at the bound of Kaiming's uniform, 1 / sqrt(rows)), if there is one.
 
-    The built value is kept without its graph until a coefficient changes. Changes through `.data` do not raise a
-    tensor's version, so on the CPU the coefficients themselves are compared too; elsewhere that would wait for the
-    device, and only an assignment to `.data` is noticed.
+    The built value is kept without its graph until a coefficient changes. Neither a fused optimiser nor a change
+    through `.data` raises a tensor's version, so the coefficients themselves are compared too. On a device that waits
+    for it, so of coefficients that do not train there only an assignment to `.data` is noticed.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Factor:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_built": None}
 
+    @torch.compiler.disable  # numpy draws, and whether to build anew is decided from values
     def __call__(self, coefficients: Float[Tensor, "matrix basis"]) -> Float[Tensor, "matrix rows cols"]:
         """The factors, in the coefficients' dtype. Gradient: to the coefficients."""
         return _Combine.apply(coefficients, self.value(coefficients), self)
@@ -68,14 +69,18 @@ class Factor:
         mark = (version, coefficients.data_ptr(), coefficients.device, coefficients.dtype, self.bits)
         if self._built is not None:
             source, built_mark, snapshot, value = self._built
-            same = source is coefficients and mark == built_mark
-            if same and (coefficients.device.type != "cpu" or torch.equal(snapshot, coefficients)):
+            frozen = not coefficients.requires_grad and coefficients.device.type != "cpu"
+            if source is coefficients and mark == built_mark and (frozen or torch.equal(snapshot, coefficients)):
                 return value
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(coefficients.device.type, enabled=False):
             snapshot = coefficients.detach().clone()
             value = self._build(snapshot.to(wide(snapshot.dtype)))
         self._built = (coefficients, mark, snapshot, value)
         return value
+
+    def take_from(self, bank: Bank) -> None:
+        """Take the bases from another bank."""
+        self.bank, self._built = bank, None
 
     def _bases(self, streams: tuple[Stream, ...], number: int, like: Tensor) -> Iterator[tuple[list[int], int, Tensor]]:
         """(rows, start, bases): for each stream the rows that have it, and its bases in parts.

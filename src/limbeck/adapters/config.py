@@ -33,7 +33,8 @@ class NolaConfig(PeftConfig):
     share_basis: the same bases for all factors of one shape, or others for each module.
     fused_slices: module name -> which of its column blocks q, k, v of one width get a matrix each, as in GPT-2's
     c_attn; a layout that interleaves them by head is not meant.
-    quant_bits: coefficients are used and saved at so many bits, with straight-through gradients.
+    quant_bits: coefficients are used and saved at so many bits, with straight-through gradients. A checkpoint holds
+    the rounded ones, so a run that resumes goes on from them; to resume exactly, train without and `quantise` after.
     cache_bytes: bases stay in memory while they fit, and are else drawn `chunk_size` at a time, twice a step.
     save_basis: also save the bases, against any change of the generator; the file is then larger than LoRA's.
 
@@ -76,7 +77,8 @@ class NolaConfig(PeftConfig):
             _require_integer(name, getattr(self, name), least)
         if self.basis_seed >= MAX_SEED:
             raise ValueError(f"received basis_seed {self.basis_seed}, expected less than 2^63")
-        if isinstance(self.nola_alpha, bool) or not 0 < self.nola_alpha < math.inf:
+        number = isinstance(self.nola_alpha, int | float) and not isinstance(self.nola_alpha, bool)
+        if not number or not 0 < self.nola_alpha < math.inf:
             raise ValueError(f"received nola_alpha {self.nola_alpha!r}, expected a positive number")
         _require_choice("init", self.init, INITS)
         _require_choice("basis_distribution", self.basis_distribution, DISTRIBUTIONS)
@@ -85,6 +87,8 @@ class NolaConfig(PeftConfig):
         self.fused_slices = self._slices()
 
     def _slices(self) -> dict[str, tuple[str, ...]] | None:
+        if not isinstance(self.fused_slices, dict | None):
+            raise ValueError(f"received fused_slices {self.fused_slices!r}, expected a dict of module and slices")
         for module, names in (self.fused_slices or {}).items():
             if not names or len(set(names)) < len(names) or not set(names) <= set(BLOCKS):
                 raise ValueError(f"received the slices {names!r} of {module}, expected some of {', '.join(BLOCKS)}")

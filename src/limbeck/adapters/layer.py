@@ -4,6 +4,7 @@ A [in, r] and B [r, out] are the paper's, the input on the left. `nn.Linear` sto
 W itself, `nn.Conv2d` W^T as [out, c_in, h, w]: a convolution to r channels, then one of 1 x 1, without unfolding.
 """
 
+import itertools
 import warnings
 
 import torch
@@ -84,7 +85,13 @@ class NolaLayer(nn.Module, BaseTunerLayer):
         device = device or self.get_base_layer().weight.device
         for coefficients in (self.nola_coefficients_a, self.nola_coefficients_b):
             if adapter_name in coefficients and coefficients[adapter_name].device.type != "meta":
-                coefficients[adapter_name] = coefficients[adapter_name].to(device)
+                mine = coefficients[adapter_name]
+                coefficients[adapter_name] = nn.Parameter(mine.to(device), requires_grad=mine.requires_grad)
+
+    def release_bases(self) -> None:
+        """Let go of the bases in memory; they come back when they are needed."""
+        for factor in itertools.chain.from_iterable(self.nola_factors.values()):
+            factor.bank.kept.clear()
 
     def coefficients(self, adapter_name: str) -> tuple[Float[Tensor, "matrix k"], Float[Tensor, "matrix l"]]:
         """(alpha, beta), a row for each matrix."""

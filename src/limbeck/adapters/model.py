@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+import torch
+from peft.tuners.tuners_utils import BaseTuner, delete_adapter
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -15,12 +16,18 @@ from limbeck.adapters.config import NolaConfig
 from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
 
 
-def _layer_class(module: nn.Module, key: str) -> type[NolaLayer]:
+def _layer_class(module: nn.Module, parent: nn.Module, key: str) -> type[NolaLayer]:
     """Raises ValueError for a module that a NOLA layer cannot stand beside."""
-    # MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would do nothing.
+    # MultiheadAttention reads the weight of its out_proj and never calls it: an adapter there would do nothing. In
+    # evaluation, TransformerEncoderLayer does the same with its two linear layers.
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         raise ValueError(
             f"received target {key}, the projection of a MultiheadAttention, expected a layer that is called"
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise ValueError(
+            f"received target {key} of a TransformerEncoderLayer, which evaluates without calling it, "
+            "expected torch.backends.mha.set_fastpath_enabled(False)"
         )
     if isinstance(module, (nn.Linear, Conv1D)):
         return NolaLinear
@@ -48,6 +55,7 @@ class NolaModel(BaseTuner):
         layers = checkpoint.adapted(model, adapter_name)
         for module in self.peft_config[adapter_name].fused_slices or {}:
             if not any(f".{key}".endswith(f".{module}") for key in layers):
+                delete_adapter(model, adapter_name, self.prefix, NolaLayer)
                 raise ValueError(f"received fused_slices of {module}, expected some of {', '.join(layers)}")
 
     def _create_and_replace(
@@ -63,7 +71,7 @@ class NolaModel(BaseTuner):
         if isinstance(target, NolaLayer):
             target.update_layer(adapter_name, peft_config, current_key, self.bank)
             return
-        layer = _layer_class(target, current_key)(target, adapter_name)
+        layer = _layer_class(target, parent, current_key)(target, adapter_name)
         layer.update_layer(adapter_name, peft_config, current_key, self.bank)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -88,7 +96,9 @@ class NolaModel(BaseTuner):
         yield
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NolaModel":
-        self.bank.kept.clear()  # bases for the device or the dtype that the model now leaves
+        for module in self.modules():
+            if isinstance(module, NolaLayer):
+                module.release_bases()  # they are for the device or the dtype that the model now leaves
         return super()._apply(fn, recurse)
 
     @classmethod

@@ -19,7 +19,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def require_bits(bits: object) -> None:
     """Raise ValueError unless `bits` is one of BITS."""
-    if bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise ValueError(f"received {bits!r} bits a coefficient, expected one of {', '.join(map(str, BITS))}")
 
 

@@ -71,7 +71,7 @@ def _rows(section: Params) -> list[dict[str, float | int | str]]:
     arms = {arm: attach(arm, base, section) for arm in section.arms}
     size = {"tokens": section.tokens, "width": section.width, "learning_rate": section.learning_rate}
     calls = {arm: cost_stack.step(model, **size) for arm, model in arms.items()}
-    settle = {"settle": calls["none"]}  # not read: the step after the release's also pays for the memory which that freed
+    settle = {"settle": calls["none"]}  # not read: it pays for the memory that the step before it, the release's, freed
     seconds = timing.alternate(settle | calls, rounds=section.rounds)
     once = {arm: {"memory/step": cost_memory.peak_extra(call) / _MEGABYTE} for arm, call in calls.items()}
     for arm, found in drawing(arms).items():
