@@ -218,6 +218,13 @@ def test_interval_panels_draw_each_group_on_one_scale_with_one_caption():
     assert len(plain.axes[0].lines) == len(figure.axes[0].lines) - 1
 
 
+def test_the_caption_counts_the_replicates_of_every_panel():
+    fewer = {"a few": {arm: values[:2] for arm, values in GROUPS["first"].items()}} | GROUPS
+    figure = figures.interval_panels(intervals.estimates(fewer), title="T", xlabel="gain", points=fewer)
+    (caption,) = (text.get_text() for axes in figure.axes for text in axes.texts if text.get_visible())
+    assert caption == "marker: mean; line: 95 % t interval; points: each replicate (n = 2–3)"
+
+
 def test_panels_whose_rows_differ_are_refused_since_the_names_stand_once():
     turned = GROUPS | {"second": dict(reversed(GROUPS["second"].items()))}
     with pytest.raises(ValueError, match="expected the same in the same order"):

@@ -149,12 +149,13 @@ def interval_panels(
     if len(orders := {tuple(estimates) for estimates in found.values()}) > 1:
         raise ValueError(f"received panels with arms {sorted(orders)}, expected the same in the same order")
     rows, arms = -(-len(found) // columns), len(*orders)
+    every = {f"{name}, {arm}": estimate for name, part in found.items() for arm, estimate in part.items()}
     figure, axes = panels(
         len(found), title=title, columns=columns, height=0.3 * arms + (0.9 if rows > 1 else 1.4), left=2.0, bottom=0.8
     )
     for axis, (name, estimates) in zip(axes, found.items(), strict=True):
         interval_plot(axis, estimates, xlabel=xlabel, points=points[name], title=name)
-        axis.texts[0].set_visible(axis is axes[(rows - 1) * columns])
+        axis.texts[0].set(text=_caption(every), visible=axis is axes[(rows - 1) * columns])
         axis.set_xlabel(xlabel if axis in axes[-columns:] else "")
         if zero:
             axis.axvline(0, color=GREY, linewidth=1.0, zorder=1)
@@ -287,8 +288,7 @@ def _toy_legend(figure: Figure, *, starts: bool) -> None:
 
 def _caption(estimates: Mapping[str, "Estimate"]) -> str:
     """What marker, whisker and points are, and over how many replicates."""
-    counts = sorted({estimate.count for estimate in estimates.values()})
-    over = "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    over = "–".join(map(str, sorted({find(e.count for e in estimates.values()) for find in (min, max)})))
     percent = " or ".join(f"{100 * level:.4g}" for level in sorted({e.level for e in estimates.values()}))
     return f"marker: mean; line: {percent} % t interval; points: each replicate (n = {over})"
 
