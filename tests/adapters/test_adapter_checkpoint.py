@@ -236,6 +236,19 @@ def test_saved_bases_are_those_of_their_adapter_alone(tmp_path, cache_bytes):
         assert torch.equal(outputs("llama", read), expected), adapter
 
 
+@pytest.mark.parametrize("from_a_file", [True, False])
+def test_a_model_that_changes_its_dtype_lets_go_of_bases_in_the_old_one(from_a_file, tmp_path):
+    model = trained("llama", save_basis=from_a_file, cache_bytes=10**6)
+    model.save_pretrained(str(tmp_path))
+    if from_a_file:
+        model = PeftModel.from_pretrained(tiny_hosts.host("llama"), str(tmp_path))
+    outputs("llama", model)
+    factors = [pair for layer in tiny_hosts.nola_layers(model).values() for pair in layer.nola_factors["default"]]
+    assert all(factor.bank.kept for factor in factors)
+    model.double()
+    assert not any(factor.bank.kept for factor in factors)
+
+
 def test_what_transformers_saved_is_read_too(tmp_path):
     """Its integration puts PEFT's prefix before every key, our own among them."""
     host = tiny_hosts.host("llama")
