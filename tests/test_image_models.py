@@ -6,6 +6,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from limbeck import efficientnet, image_models, models
+from limbeck.training import supervised
 
 SHAPE = "vit-2x64x14"
 BLOCK = ("mlp.fc1", "mlp.fc2")
@@ -162,3 +163,27 @@ def test_of_a_convolutional_network_all_1_x_1_convolutions_are_adapted_at_one_bu
 def test_an_unknown_arm_is_refused():
     with pytest.raises(ValueError, match="received arm 'vera', expected linear, full"):
         image_models.attach(shape(), "vera", rank=1, seed=0)
+
+
+def test_an_efficientnet_that_goes_on_from_a_state_takes_the_same_steps(monkeypatch, tmp_path):
+    """Moments come back in the order of their numbers, so a weight in another order would meet those of others."""
+    monkeypatch.setattr(efficientnet, "load", efficientnet.draw)
+    source = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(4, 3, 32, 32, generator=source) * 255, torch.tensor([0, 1, 2, 1])
+
+    def steps(state, number):
+        model = image_models.load(efficientnet.ASSET, classes=3, seed=0).eval()
+        weights = {name: weight.requires_grad_() for name, weight in model.named_parameters()}
+        options = {"learning_rate": 0.01, "clip_norm": 1.0, "state": state, "save_every": 2}
+        run = supervised.fit(
+            weights,
+            lambda rows: {"loss/ce": nn.functional.cross_entropy(model(images[rows]), labels[rows])},
+            [torch.arange(4)] * 5,
+            **options,
+        )
+        return [next(run)["loss/ce"] for _ in range(number)]
+
+    whole = steps(None, 5)
+    assert steps(tmp_path / "state", 3) == whole[:3]
+    assert steps(tmp_path / "state", 3) == whole[2:], "saved after two steps"
+    assert len(set(whole)) == 5

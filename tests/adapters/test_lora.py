@@ -40,3 +40,16 @@ def test_a_start_depends_on_the_name_and_the_seed_alone():
     assert torch.equal(both["kernel.lora_A"], alone["kernel.lora_A"])
     assert not torch.equal(alone["kernel.lora_A"], other["kernel.lora_A"])
     assert not torch.equal(both["flat.lora_A"], both["twin.lora_A"])
+
+
+def test_the_numbers_are_drawn_on_the_cpu_wherever_the_layer_is(monkeypatch):
+    """A CPU's generator cannot draw into a tensor elsewhere."""
+    model, draw, where = started(["flat", "kernel"]).to("meta"), torch.Tensor.uniform_, []
+
+    def watched(self, *bounds, **options):
+        where.append(self.device)
+        return draw(self, *bounds, **options)
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", watched)
+    draw_start(model, 3)
+    assert where == [torch.device("cpu")] * 2

@@ -9,7 +9,7 @@ from limbeck import language_models, models
 from limbeck.adapters import to_lora
 from limbeck.experiments.nola import adapting
 
-SETTINGS = adapting.Settings(lora_scale=8.0, vera_rank=4, nola_rank=3, nola_scale=1.0)
+SETTINGS = adapting.Settings(lora_scale=8.0, nola_rank=3, nola_scale=1.0)
 IDS = torch.tensor([[3, 4, 5, 3, 1]])
 
 
@@ -49,7 +49,7 @@ def test_every_arm_starts_as_the_base_with_its_own_parameters_in_its_own_layers(
     for arm, count in expected.items():
         base, before = make(), global_generators()
         logits = base(IDS).logits
-        model = adapting.attach(arm, base, SETTINGS, layers=layers, seed=0)
+        model = adapting.attach(arm, base, SETTINGS, layers=layers, vera_rank=4, seed=0)
         assert global_generators() == before, arm
         assert adapting.count(model) == count, arm
         torch.testing.assert_close(model(IDS).logits, logits, atol=2e-6, rtol=1e-5)
@@ -59,9 +59,9 @@ def test_every_arm_starts_as_the_base_with_its_own_parameters_in_its_own_layers(
 
 
 def test_full_trains_the_top_layers_with_the_last_norm_or_everything():
-    some = models.trainable(adapting.attach("full", llama(), SETTINGS, layers=1, seed=0))
+    some = models.trainable(adapting.attach("full", llama(), SETTINGS, layers=1, vera_rank=4, seed=0))
     assert {name.removeprefix("model.")[:8] for name in some} == {"layers.2", "norm.wei"}
-    whole = adapting.attach("full", llama(), SETTINGS, layers=0, seed=0)
+    whole = adapting.attach("full", llama(), SETTINGS, layers=0, vera_rank=4, seed=0)
     assert adapting.count(whole) == sum(parameter.numel() for parameter in whole.parameters())
 
 
@@ -69,7 +69,7 @@ def test_a_gpt2_taken_apart_computes_the_same_and_its_keys_are_never_adapted():
     whole, apart = gpt2().double(), adapting.unfuse(gpt2().double())
     torch.testing.assert_close(apart(IDS).logits, whole(IDS).logits, atol=1e-12, rtol=1e-12)
     assert adapting.shapes(apart, [0, 2]) == [(16, 16)] * 4
-    model = adapting.attach("nola", gpt2(), SETTINGS, layers=0, seed=0)
+    model = adapting.attach("nola", gpt2(), SETTINGS, layers=0, vera_rank=4, seed=0)
     for parameter in models.trainable(model).values():
         parameter.data.fill_(0.5)
     inner, outer = model.get_base_model().transformer.h[0].attn.c_attn, gpt2().transformer.h[0].attn.c_attn
@@ -113,13 +113,13 @@ def test_nola_takes_any_further_field_of_its_config_and_its_scale():
 def test_bytes_on_disk_are_those_of_the_files_wherever_the_base_lies(tmp_path):
     base = llama()
     base.name_or_path = str(tmp_path / ("long" * 20))
-    model, plain = (adapting.attach("nola", host, SETTINGS, layers=2, seed=0) for host in (base, llama()))
+    model, plain = (adapting.attach("nola", host, SETTINGS, layers=2, vera_rank=4, seed=0) for host in (base, llama()))
     assert isinstance(model, PeftModel)
     plain.save_pretrained(tmp_path / "saved")
     files = [tmp_path / "saved" / name for name in ("adapter_model.safetensors", "adapter_config.json")]
     assert adapting.bytes_on_disk(model) == sum(file.stat().st_size for file in files)
-    assert adapting.bytes_on_disk(adapting.attach("none", llama(), SETTINGS, layers=2, seed=0)) == 0
-    full = adapting.attach("full", llama(), SETTINGS, layers=2, seed=0)
+    assert adapting.bytes_on_disk(adapting.attach("none", llama(), SETTINGS, layers=2, vera_rank=4, seed=0)) == 0
+    full = adapting.attach("full", llama(), SETTINGS, layers=2, vera_rank=4, seed=0)
     assert 4 * adapting.count(full) < adapting.bytes_on_disk(full) < 4 * adapting.count(full) + 4096
 
 
@@ -133,4 +133,4 @@ def test_bytes_on_disk_are_those_of_the_files_wherever_the_base_lies(tmp_path):
 )
 def test_an_arm_or_a_depth_that_does_not_exist_is_refused(arm, layers, message):
     with pytest.raises(ValueError, match=message):
-        adapting.attach(arm, llama(), SETTINGS, layers=layers, seed=0)
+        adapting.attach(arm, llama(), SETTINGS, layers=layers, vera_rank=4, seed=0)

@@ -393,6 +393,22 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, wanted, global_generators):
     assert global_generators() == before
 
 
+def test_labels_are_smoothed_as_the_section_says(section, tmp_path, monkeypatch):
+    told, fit = [], text_bench.Bench.fit
+
+    def fitted(self, model, **options):
+        told.append(options["smoothing"])
+        return fit(self, model, **options)
+
+    monkeypatch.setattr(text_bench.Bench, "fit", fitted)
+    smoothed = dataclasses.replace(section, smoothing=0.25)
+    cell = next(c for c in ablations.cells(smoothed, (0, 1)) if c.coordinates["phase"] == "choice")
+    for states in (c for c in ablations.cells(smoothed, (0, 1)) if c.coordinates["phase"] == text_bench.STATES):
+        cells.drive(ablations, smoothed, states, cells.place(tmp_path, "states"))
+    cells.drive(ablations, smoothed, cell, cells.place(tmp_path, "x"))
+    assert told == [0.25]
+
+
 def test_an_added_seed_and_an_added_point_change_no_other_cell(section):
     def by_name(section, seeds=(0, 1)):
         return {records.cell_name(cell.coordinates): cell for cell in ablations.cells(section, seeds)}

@@ -103,6 +103,23 @@ def own(tmp_path_factory):
     return dataclasses.replace(committed, **small, longest=8, replicates=1, save_every=1, nola_rank=2)
 
 
+def test_labels_are_smoothed_and_beams_are_as_many_as_the_section_says(own, tmp_path, monkeypatch):
+    told, fit, scores = [], Bench.fit, Bench.test_scores
+
+    def fitted(self, model, **options):
+        told.append(options["smoothing"])
+        return fit(self, model, **options)
+
+    def scored(self, model, beams):
+        told.append(beams)
+        return scores(self, model, beams)
+
+    monkeypatch.setattr(Bench, "fit", fitted)
+    monkeypatch.setattr(Bench, "test_scores", scored)
+    cells.run_all(table_text, dataclasses.replace(own, arms=("none", "nola")), tmp_path)
+    assert set(told) == {own.smoothing, own.beams} == {0.1, 10}
+
+
 def test_the_papers_section_runs_on_a_gpt2_and_texts_from_folders(own, tmp_path):
     found = cells.run_all(table_text, own, tmp_path)
     final = {run["cell"]["arm"]: run for run in found if run["cell"]["phase"] == "final"}

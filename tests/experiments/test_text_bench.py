@@ -1,6 +1,7 @@
 """What the experiments on text share, against loops over texts and tokens, on tiny decoders in float64."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ def llama(arm="nola"):
     base = language_models.load("llama-3x32", tokenizer, seed=0)
     for parameter in base.parameters():
         parameter.data.mul_(8 if parameter.ndim > 1 else 1)  # so narrow, its outputs are else all alike
-    settings = adapting.Settings(lora_scale=8.0, vera_rank=4, nola_rank=3, nola_scale=1.0)
-    model = adapting.attach(arm, base, settings, layers=2, seed=0).double()
+    settings = adapting.Settings(lora_scale=8.0, nola_rank=3, nola_scale=1.0)
+    model = adapting.attach(arm, base, settings, layers=2, vera_rank=4, seed=0).double()
     for at, parameter in enumerate(models.trainable(model).values()):
         parameter.data += torch.linspace(-1, 1, parameter.numel(), dtype=torch.float64).view_as(parameter) * (
             1 + at % 3
@@ -91,6 +92,56 @@ def test_what_is_said_is_the_most_probable_token_of_the_whole_text_so_far(make):
     assert text_model.said(model, prompts, end=end, longest=6, dtype=torch.float32) == expected
 
 
+def best_texts(model, prompt, *, end, longest, power):
+    """All texts after a prompt, enumerated: that with the largest log p / length^power, the end token left out."""
+    whole = torch.tensor([[*prompt, *text] for text in itertools.product(range(12), repeat=longest)])
+    with torch.no_grad():
+        logprobs = model(whole).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
+    told = logprobs.gather(2, whole[:, len(prompt) :, None])[..., 0].cumsum(1)
+    texts, scores = whole[:, len(prompt) :].tolist(), {}
+    for text, sums in zip(texts, told.tolist(), strict=True):
+        length = text.index(end) + 1 if end in text else longest
+        scores[tuple(text[:length])] = sums[length - 1] / length**power
+    best = max(scores, key=scores.get)
+    return best[:-1] if best[-1] == end else best
+
+
+def test_beams_find_the_text_with_the_largest_log_probability_over_its_length_to_the_power_of_0_8():
+    model, end, prompts = gpt2(), 4, list(itertools.permutations(range(12), 2))[:60]
+    options = {"end": end, "longest": 3}
+    expected, plain, mean = ([best_texts(model, p, power=power, **options) for p in prompts] for power in (0.8, 0, 1))
+    assert expected not in (plain, mean), "the power counts"
+    assert len({len(text) for text in expected}) > 1, "some end, some are cut"
+    found = [text_model.said_by_beams(model, prompts, beams=n, dtype=torch.float32, **options) for n in (144, 2)]
+    assert found[0] == expected, "with so many beams, it is exhaustive"
+    assert found[1] != expected
+
+
+def test_beams_say_no_four_tokens_twice():
+    model, prompt = gpt2(), (3, 4, 5)
+    options = {"end": -1, "longest": 20, "dtype": torch.float32}
+
+    def most(text):
+        whole = (*prompt, *text)
+        fours = [whole[at : at + 4] for at in range(len(whole) - 3)]
+        return max(map(fours.count, fours))
+
+    assert most(text_model.said(model, [prompt], **options)[0]) > 1
+    assert most(text_model.said_by_beams(model, [prompt], beams=3, **options)[0]) == 1
+
+
+def test_smoothed_labels_share_out_some_of_the_probability_evenly():
+    model, texts = llama(), Texts(PAIRS)
+    terms = []
+    for row in ROWS.tolist():
+        pair = PAIRS[row]
+        logprobs = model(torch.tensor([[*pair.prompt, *pair.target]])).logits[0].log_softmax(-1)
+        told = logprobs[len(pair.prompt) - 1 : -1]
+        terms += [-0.7 * told[at, token] - 0.3 * told[at].mean() for at, token in enumerate(pair.target)]
+    found = text_model.loss_of(model, texts, torch.float32, smoothing=0.3)(ROWS)["loss/ce"]
+    assert found.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-6)
+
+
 def test_batches_are_drawn_by_the_seed_epoch_after_epoch():
     pairs = PAIRS * 3
     found = text_bench.batches(pairs, size=4, steps=7, seed=1)
@@ -141,9 +192,28 @@ def test_the_halves_hold_the_states_of_all_texts(section, tmp_path):
 
 def test_scores_are_of_the_test_meanings(section, tmp_path, monkeypatch):
     bench = Bench(section, cells.place(tmp_path, "x"))
-    monkeypatch.setattr(Bench, "sentences", lambda self, model, found: [meaning.texts[0] for meaning in found])
+    monkeypatch.setattr(Bench, "sentences", lambda self, model, found, beams: [meaning.texts[0] for meaning in found])
     base = bench.decoder()
-    assert bench.test_scores(base) == pytest.approx({"test/bleu": 100, "test/rouge_l": 100, "test/slot_error_rate": 0})
-    monkeypatch.setattr(Bench, "sentences", lambda self, model, found: ["[odd]" for _ in found])
+    perfect = {"test/bleu": 100, "test/rouge_l": 100, "test/slot_error_rate": 0}
+    assert bench.test_scores(base, 1) == pytest.approx(perfect)
+    monkeypatch.setattr(Bench, "sentences", lambda self, model, found, beams: ["[odd]" for _ in found])
     slots = sum(len(meaning.slots) for meaning in bench.data.test)
-    assert bench.test_scores(base)["test/slot_error_rate"] == pytest.approx(1 + len(bench.data.test) / slots)
+    assert bench.test_scores(base, 1)["test/slot_error_rate"] == pytest.approx(1 + len(bench.data.test) / slots)
+
+
+def test_what_a_section_says_of_labels_and_beams_reaches_training_and_decoding(section, tmp_path, monkeypatch):
+    section, first = dataclasses.replace(section, layers=0), {}
+    for smoothing in (0.0, 0.3):
+        bench = Bench(section, cells.place(tmp_path, f"{smoothing}"))
+        model = adapting.attach("nola", bench.decoder(), section, layers=0, vera_rank=4, seed=0)
+        options = {"learning_rate": 0.1, "size": 4, "steps": 1, "seed": 0}
+        first[smoothing] = next(bench.fit(model, smoothing=smoothing, **options))["loss/ce"]
+        (rows,) = text_bench.batches(bench.texts["train"].pairs, size=4, steps=1, seed=0)
+        fresh = adapting.attach("nola", bench.decoder(), section, layers=0, vera_rank=4, seed=0)
+        loss = text_model.loss_of(fresh, bench.texts["train"], torch.float32, smoothing=smoothing)
+        assert first[smoothing] == pytest.approx(loss(rows)["loss/ce"].item())
+    assert first[0.0] != first[0.3]
+    monkeypatch.setattr(text_model, "said", lambda *_, **__: [(3,)])
+    monkeypatch.setattr(text_model, "said_by_beams", lambda *_, beams, **__: [(3,) * beams])
+    one, two = (bench.sentences(model, bench.data.test[:1], beams) for beams in (1, 2))
+    assert len(two[0].split()) == 2 * len(one[0].split()) == 2

@@ -112,6 +112,7 @@ class Ledger:
         """
         self.parent = parent
         torch.set_num_threads(self.settings.threads)
+        torch.backends.cudnn.allow_tf32 = False  # else a convolution in float32 keeps 10 bits of its inputs
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         while stale := self.stale():

@@ -37,7 +37,7 @@ def fit(
 
     The curve also holds the largest gradient norm of each window, as `optimiser/gradient_norm_max`, and what `measure`
     says at its end. There the run is saved to `state`, if there is one, and a later call with the same arguments goes
-    on from it, to the bit. AdamW at a constant rate, betas (0.9, 0.999), no weight decay, clipped gradients.
+    on from it, on a CPU to the bit. AdamW at a constant rate, betas (0.9, 0.999), no weight decay, clipped gradients.
     """
     settings = run.settings
     optimiser = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0, fused=True)

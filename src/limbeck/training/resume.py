@@ -1,7 +1,7 @@
 """The state of an interrupted run: one safetensors file, tensors and JSON together, replaced in one rename.
 
-One file, since of two a kill could leave one old and one new. A run that continues from it takes the same steps, to
-the bit, as one that was never interrupted: parameters, optimiser moments, the step and the curve so far are all of it.
+One file, since of two a kill could leave one old and one new. A run that continues from it takes the same steps, on a
+CPU to the bit, as one never interrupted: parameters, optimiser moments, the step and the curve so far are all of it.
 """
 
 import json

@@ -43,11 +43,13 @@ class Params(text_bench.Section):
     replicates: int
     steps: int
     batch_size: int
+    smoothing: float
 
     def __post_init__(self) -> None:
         """Check what no type can."""
         super().__post_init__()
         positive(steps=self.steps, batch_size=self.batch_size, replicates=self.replicates, basis=self.basis)
+        text_bench.require_smoothing(self.smoothing)
         if not self.log2_rates:
             raise ValueError(f"received log2_rates {self.log2_rates}, expected some to choose from")
         for kind in self.kinds:
@@ -155,7 +157,7 @@ def _train(
 ) -> Generator[dict[str, float], None, dict[str, list[float]]]:
     """The steps of one cell; an arm that leaves out the scale has its own way of them."""
     rate = 2.0**log2_rate * (variants.unscale(model) if at["arm"] == "nola_unscaled" else 1.0)
-    options = {"size": params.batch_size, "steps": params.steps, "seed": at["seed"]}
+    options = {"size": params.batch_size, "steps": params.steps, "smoothing": params.smoothing, "seed": at["seed"]}
     return (yield from bench.fit(model, learning_rate=rate, **options))
 
 

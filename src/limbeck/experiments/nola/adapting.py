@@ -40,14 +40,13 @@ class Settings:
     """What the methods are given; sources stand in params/nola.yaml. A scale is s = alpha / r."""
 
     lora_scale: float
-    vera_rank: int
     nola_rank: int
     nola_scale: float
 
     def __post_init__(self) -> None:
         """Check what no type can."""
         positive(lora_scale=self.lora_scale, nola_scale=self.nola_scale)
-        positive(vera_rank=self.vera_rank, nola_rank=self.nola_rank)
+        positive(nola_rank=self.nola_rank)
 
 
 def stack(model: PreTrainedModel) -> nn.ModuleList:
@@ -141,7 +140,7 @@ def nola(
     return _attached(model, NolaConfig(basis_seed=seed, **size, **_where(layers, targets), **more))
 
 
-def attach(arm: str, model: PreTrainedModel, settings: Settings, *, layers: int, seed: int) -> Model:
+def attach(arm: str, model: PreTrainedModel, settings: Settings, *, layers: int, vera_rank: int, seed: int) -> Model:
     """The frozen model with the arm's adapter in its last `layers` layers, or in all with 0.
 
     `none` has nothing to train, `full` the layers and the last norm themselves; of all layers, every parameter.
@@ -155,7 +154,7 @@ def attach(arm: str, model: PreTrainedModel, settings: Settings, *, layers: int,
     if arm.startswith("lora_"):
         return lora(model, chosen, rank=int(arm.removeprefix("lora_")), scale=settings.lora_scale, seed=seed)
     if arm == "vera":
-        return vera(model, chosen, rank=settings.vera_rank, seed=seed)
+        return vera(model, chosen, rank=vera_rank, seed=seed)
     if arm not in SHARES:
         raise ValueError(f"received arm {arm!r}, expected one of {', '.join(ARMS)}")
     number = bases(model, chosen, SHARES[arm])

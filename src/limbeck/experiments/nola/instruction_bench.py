@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import language_models, models
 from limbeck.experiments.nola import instruction_adapting, instruction_texts, text_bench, text_model
 from limbeck.experiments.nola.adapting import Model
 from limbeck.experiments.nola.instruction_texts import Asked, Question
 from limbeck.experiments.nola.text_model import Pair, Texts
-from limbeck.params import positive
+from limbeck.params import one_of, positive
 from limbeck.sampling import Tokens
 from limbeck.training import supervised
 from limbeck.training.supervised import Terms
@@ -31,10 +31,12 @@ class Section(text_bench.Section):
     """The section of params/nola.yaml but for arms and rates; sources stand there.
 
     `split_sizes` as in `instruction_texts.load`. Gradients of a batch are computed `micro_texts` texts at a time, which
-    changes their last bits alone.
+    changes their last bits alone. With `base_bits` 4 the frozen model is held in NF4, its scales quantised too, and
+    multiplied in bfloat16, as in the paper's released scripts (QLoRA, arXiv 2305.14314); with 32 as it comes.
     """
 
     questions: str
+    base_bits: int
     chat: bool
     longest_prompt: int
     nola_share: float
@@ -47,6 +49,8 @@ class Section(text_bench.Section):
         super().__post_init__()
         positive(longest_prompt=self.longest_prompt, nola_share=self.nola_share, micro_texts=self.micro_texts)
         positive(batch_size=self.batch_size, steps=self.steps)
+        one_of("base_bits", self.base_bits, (4, 32))
+        instruction_texts.require_pair(self.data, self.questions)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,11 @@ class Bench(text_bench.Bench):
         """The data."""
         return prepare(self.section)
 
+    def decoder(self) -> PreTrainedModel:
+        """The model, frozen."""
+        in_full = self.section.base_bits == 32
+        return super().decoder() if in_full else in_four_bits(self.section.model, self.place.device)
+
     def attach(self, arm: str, *, seed: int) -> Model:
         """The frozen model with the arm's adapter."""
         section, options = self.section, {"layers": self.section.layers, "share": self.section.nola_share, "seed": seed}
@@ -141,6 +150,14 @@ class Bench(text_bench.Bench):
             }.items():
                 right[name] += int(torch.stack(values).argmax()) == question.answer
         return {f"test/{name}": count / len(questions) for name, count in right.items()}
+
+
+def in_four_bits(name: str, where: torch.device) -> PreTrainedModel:
+    """A decoder from a local folder or the hub, frozen, its linear layers but the head in NF4; needs bitsandbytes."""
+    form = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.bfloat16)
+    options = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": str(where)}}
+    return AutoModelForCausalLM.from_pretrained(models.source(name), **options).eval().requires_grad_(False)
 
 
 def in_parts(loss: Callable[[Tensor], Terms], texts: Texts, size: int) -> Callable[[Tensor], Terms]:

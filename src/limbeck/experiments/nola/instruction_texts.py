@@ -62,6 +62,13 @@ def load(
     return drawn, held, asked
 
 
+def require_pair(data: str, questions: str) -> None:
+    """Raise ValueError unless questions are made of the same meanings, or are of MMLU after instructions of Alpaca."""
+    expected = MMLU + "<data set>" if data.startswith(ALPACA) else data
+    if not (questions.startswith(MMLU) if data.startswith(ALPACA) else questions == data):
+        raise ValueError(f"received questions {questions!r} with data {data!r}, expected {expected!r}")
+
+
 def instruction(meaning: Meaning) -> str:
     """The meaning as a request."""
     return f"Write the sentence for this meaning: {meanings.prompt(meaning).partition(chr(10))[0]}"

@@ -27,10 +27,13 @@ _NOT_INPUTS = ("arms", "replicates", *(f"{method}_rates" for method in _GRIDS))
 class Params(text_bench.Section):
     """The section of params/nola.yaml; sources stand there. Of the seeds, the first `replicates` are used."""
 
+    vera_rank: int
     arms: tuple[str, ...]
     replicates: int
     steps: int
     batch_size: int
+    smoothing: float
+    beams: int
     selection_steps: int
     selection_seed: int
     lora_rates: tuple[float, ...]
@@ -47,7 +50,8 @@ class Params(text_bench.Section):
         if len(set(sizes.values())) > 1 or 0 in sizes.values():
             raise ValueError(f"received {sizes} learning rates, expected as many for each method")
         positive(replicates=self.replicates, steps=self.steps, batch_size=self.batch_size)
-        positive(selection_steps=self.selection_steps)
+        positive(selection_steps=self.selection_steps, vera_rank=self.vera_rank, beams=self.beams)
+        text_bench.require_smoothing(self.smoothing)
 
     def rates(self, arm: str) -> tuple[float, ...]:
         """What an arm's learning rate is chosen from."""
@@ -78,18 +82,19 @@ def run(cell: Cell, params: Params, place: Place) -> Steps:
     at, bench = cell.coordinates, Bench(params, place)
     if at["phase"] == text_bench.STATES:
         return (yield from text_bench.write_states(cell, bench))
-    model = adapting.attach(at["arm"], bench.decoder(), params, layers=params.layers, seed=at["seed"])
+    options = {"layers": params.layers, "vera_rank": params.vera_rank, "seed": at["seed"]}
+    model = adapting.attach(at["arm"], bench.decoder(), params, **options)
     if at["arm"] == "none":
         yield {"step": 1, "steps": 1}
         return Result(_untrained(model, bench, at["seed"]), dtype=_spelled(bench.dtype(model)))
     selecting = at["phase"] == "selection"
     rate = at["rate"] if selecting else _chosen(at["arm"], place)
     steps = params.selection_steps if selecting else params.steps
-    options = {"size": params.batch_size, "steps": steps, "seed": at["seed"]}
+    options = {"size": params.batch_size, "steps": steps, "smoothing": params.smoothing, "seed": at["seed"]}
     curve = yield from bench.fit(model, learning_rate=rate, **options)
     metrics = {"train/loss": curve["loss/ce"][-1], "validation/loss": bench.validation_loss(model)}
     if not selecting:
-        metrics |= {"chosen/rate": rate, **_size(model), **bench.test_scores(model)}
+        metrics |= {"chosen/rate": rate, **_size(model), **bench.test_scores(model, params.beams)}
     return Result(metrics, curve, adapting.count(model), _spelled(bench.dtype(model)))
 
 
@@ -104,7 +109,8 @@ def _untrained(model: Model, bench: Bench, seed: int) -> dict[str, float]:
     known = [record["metrics"] for record in bench.place.records if record["cell"]["arm"] == "none"]
     if found := [record for record in known if "validation/loss" in record]:
         return metrics | {name: value for name, value in found[0].items() if name != "train/loss"}
-    return metrics | {"validation/loss": bench.validation_loss(model), **_size(model), **bench.test_scores(model)}
+    test = bench.test_scores(model, params.beams)
+    return metrics | {"validation/loss": bench.validation_loss(model), **_size(model), **test}
 
 
 def _size(model: Model) -> dict[str, float]:

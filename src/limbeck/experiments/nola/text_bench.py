@@ -153,12 +153,12 @@ class Bench:
         return {name: whole.rows(list(itertools.islice(rows, len(part)))) for name, part in parts.items()}
 
     def fit(
-        self, model: Model, *, learning_rate: float, size: int, steps: int, seed: int
+        self, model: Model, *, learning_rate: float, size: int, steps: int, smoothing: float, seed: int
     ) -> Generator[dict[str, float], None, supervised.Curve]:
-        """Train what is trainable, by `supervised.fit`."""
+        """Train what is trainable, by `supervised.fit`; the curve is of what is minimised, smoothed labels and all."""
         options = {"clip_norm": self.section.clip_norm, "state": self.place.state}
         options |= {"save_every": self.section.save_every, "learning_rate": learning_rate}
-        loss = text_model.loss_of(model, self.texts["train"], self.dtype(model))
+        loss = text_model.loss_of(model, self.texts["train"], self.dtype(model), smoothing=smoothing)
         drawn = batches(self.texts["train"].pairs, size=size, steps=steps, seed=seed)
         return supervised.fit(models.trainable(model), loss, drawn, **options)
 
@@ -166,20 +166,27 @@ class Bench:
         """Mean over the tokens of the texts to validate on, in nats."""
         return text_model.mean_loss(model, self.texts["validation"], self.dtype(model))
 
-    def sentences(self, model: Model, found: Sequence[Meaning]) -> list[str]:
-        """What the whole model says for each meaning."""
+    def sentences(self, model: Model, found: Sequence[Meaning], beams: int) -> list[str]:
+        """What the whole model says for each meaning: the best of some beams; with 1, each time the likeliest token."""
         prompts, tokenizer = [self.data.prompt(meaning) for meaning in found], self.data.tokenizer
         options = {"end": tokenizer.eos_token_id, "longest": self.section.longest, "dtype": self.dtype(model)}
-        return [tokenizer.decode(tokens).strip() for tokens in text_model.said(model, prompts, **options)]
+        said = functools.partial(text_model.said_by_beams, beams=beams) if beams > 1 else text_model.said
+        return [tokenizer.decode(tokens).strip() for tokens in said(model, prompts, **options)]
 
-    def test_scores(self, model: Model) -> dict[str, float]:
+    def test_scores(self, model: Model, beams: int) -> dict[str, float]:
         """BLEU and ROUGE-L in [0, 100], and where slots are known the errors a slot, of what is said for the test."""
-        test, texts = self.data.test, self.sentences(model, self.data.test)
+        test, texts = self.data.test, self.sentences(model, self.data.test, beams)
         found = text_scores.overlaps(texts, [meaning.texts for meaning in test])
         if slots := sum(len(meaning.slots) for meaning in test):
             wrong = sum(meanings.slot_errors(meaning, text) for meaning, text in zip(test, texts, strict=True))
             found["slot_error_rate"] = wrong / slots
         return {f"test/{name}": value for name, value in found.items()}
+
+
+def require_smoothing(smoothing: float) -> None:
+    """Raise ValueError unless it is a share of the probability that a model can do without."""
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"received smoothing {smoothing}, expected at least 0 and less than 1")
 
 
 def batches(pairs: Sequence[Pair], *, size: int, steps: int, seed: int) -> list[Tensor]:
