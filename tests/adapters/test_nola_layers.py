@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters import NolaConfig
+from limbeck.adapters.basis import Stream
 from limbeck.adapters.config import INITS
 
 
@@ -212,7 +213,7 @@ def test_with_nested_bases_the_best_residual_never_grows():
     target = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).flatten()
     residuals = []
     for k in range(1, 21):
-        drawn = materialised.bases(0, "5x4", "A", (5, 4), k).flatten(1).t()
+        drawn = Stream(0, "5x4", "A", (5, 4)).draw(0, k).double().t()
         best = torch.linalg.lstsq(drawn, target[:, None]).solution
         residuals.append((drawn @ best - target[:, None]).norm().item())
     assert all(later <= earlier + 1e-9 for earlier, later in itertools.pairwise(residuals))

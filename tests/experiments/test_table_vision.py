@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 import cells
-from limbeck import claims, image_models, params
+from limbeck import claims, image_models, models, params
 from limbeck.experiments.nola import table_vision, table_vision_full, vision
 
 MODULES = {"table_vision": table_vision, "table_vision_full": table_vision_full}
@@ -45,12 +45,9 @@ def test_vit_large_has_the_papers_counts():
     for arm, thousands in (("lora_4", 375), ("lora_1", 94), ("nola", 94), ("nola_half", 47)):
         with torch.device("meta"):
             model = ViTForImageClassification(config)
-        layers = sum(name.endswith((".q_proj", ".v_proj")) for name, _ in model.named_modules())
-        assert image_models.budget(model) == layers * 2048 == 98_304
-        matrices, rank = 2 * 24, 4 if arm == "lora_4" else 1
-        halves = 2 if arm == "nola_half" else 1
-        number = image_models.budget(model) // halves // (2 * matrices)
-        count = rank * image_models.budget(model) if arm.startswith("lora") else 2 * number * matrices
+        count = image_models.attach(model, arm, rank=1, seed=0)
+        head = sum(parameter.numel() for parameter in image_models.head_of(model).parameters())
+        assert sum(parameter.numel() for parameter in models.trainable(model).values()) == count + head
         assert round(count / 2**20 * 1000) == thousands
 
 
