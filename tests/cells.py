@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from limbeck import params
-from limbeck.experiments.cells import Place
+from limbeck.experiments.runs import Place
 
 SMALL = {
     "longest": 12,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from limbeck import params
-from limbeck.experiments.cells import Cell
 from limbeck.experiments.nola import budgets, fig_convolution
+from limbeck.experiments.runs import Cell
 from limbeck.tasks.images import Images
 
 

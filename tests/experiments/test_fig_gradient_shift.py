@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from limbeck import params
-from limbeck.experiments.cells import Place
+from limbeck.experiments.runs import Place
 from limbeck.experiments.sinkd import fig_gradient_shift as figure
 
 

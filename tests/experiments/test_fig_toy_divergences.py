@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from limbeck import params
-from limbeck.experiments.cells import Place
+from limbeck.experiments.runs import Place
 from limbeck.experiments.sinkd import fig_toy_divergences as toy
 from limbeck.experiments.sinkd import line
 

@@ -4,11 +4,10 @@ import types
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from limbeck import closure, params, paths, records
 from limbeck.experiments import ledger
-from limbeck.experiments.cells import Cell, Result
+from limbeck.experiments.runs import Cell, Result
 
 
 @dataclass(frozen=True)
@@ -73,12 +72,6 @@ def test_every_cell_runs_once_and_a_second_call_runs_nothing(experiment):
     assert ran == ALL
     assert [run["metrics"]["eval/value"] for run in runs] == [2.0, 4.0, 4.0]
     assert experiment.go() == ([], runs)
-
-
-def test_a_convolution_in_single_precision_is_not_computed_in_less(experiment, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    experiment.go()
-    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_an_added_seed_runs_alone_and_a_dropped_one_takes_its_record_along(experiment):

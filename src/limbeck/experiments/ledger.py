@@ -25,12 +25,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from tqdm import tqdm
 
 from limbeck import closure, models, params, paths, records
-from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Place, Result, execute
 
 _TRUSTED = ("full",)
 _WAIT = 0.2  # seconds between two looks at what other processes have settled
@@ -111,10 +109,6 @@ class Ledger:
         A process that helps another stops, at the next step, when its `parent` is gone.
         """
         self.parent = parent
-        torch.set_num_threads(self.settings.threads)
-        torch.backends.cudnn.allow_tf32 = False  # else a convolution in float32 keeps 10 bits of its inputs
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         while stale := self.stale():
             for cell in stale:
                 if cell.turn == min(other.turn for other in stale) and self._claim_and_run(cell):
@@ -130,25 +124,24 @@ class Ledger:
             state = self.resume / self.hash(cell) / "state.safetensors"
             earlier = [self.record(other) for other in self.cells if other.turn < cell.turn]
             place = Place(self.checkpoints, state, earlier, self.device, self.settings.precision)
-            self._settle(cell, self._drive(cell, place))
+            self._settle(cell, self._run(cell, place))
             shutil.rmtree(state.parent, ignore_errors=True)
             return True
 
-    def _drive(self, cell: Cell, place: Place) -> Result:
+    def _run(self, cell: Cell, place: Place) -> Result:
         """Run one cell to its end, with a bar that says what it is."""
-        steps = self.module.run(cell, self.section, place)
         number = f"{self.cells.index(cell) + 1}/{len(self.cells)}"
         label = " ".join([*self.identity.values(), number, records.cell_name(cell.coordinates)])
         with tqdm(desc=label, unit="step", mininterval=1.0, dynamic_ncols=True, file=sys.stderr) as bar:
-            while True:
-                try:
-                    record = next(steps)
-                except StopIteration as stop:
-                    return stop.value
+
+            def on_step(step: dict[str, Any]) -> None:
                 if self.parent is not None and os.getppid() != self.parent:
                     sys.exit("the process that this one helped is gone")
-                bar.total = record["steps"]
-                bar.update(record["step"] - bar.n)
+                bar.total = step["steps"]
+                bar.update(step["step"] - bar.n)
+
+            threads = self.settings.threads
+            return execute(self.module, self.section, self.cells, cell, place, threads=threads, on_step=on_step)
 
     def _settle(self, cell: Cell, result: Result) -> None:
         """Write the record, then list it as settled: a kill in between loses nothing but the list's entry."""

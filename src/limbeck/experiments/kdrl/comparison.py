@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck import models, seeding
-from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.kdrl import curves, lines, objective, table_starts
 from limbeck.experiments.kdrl.chains import FAMILIES, Chains
 from limbeck.experiments.kdrl.lines import START, TEACHER, Line
 from limbeck.experiments.kdrl.objective import Arm
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import one_of, positive
 from limbeck.sampling import Sampled
 from limbeck.training import grpo, learner, rollouts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from limbeck import seeding
-from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.losses import divergence, estimates, kdrl
 from limbeck.params import one_of, positive
 

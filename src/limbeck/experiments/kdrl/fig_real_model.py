@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from limbeck import assets, models, seeding
-from limbeck.experiments.cells import Cell, Place
 from limbeck.experiments.kdrl import curves, imitation, language, objective, real_models
 from limbeck.experiments.kdrl.language import Words
 from limbeck.experiments.kdrl.real_models import FURTHER, TEACHER, Bench, Steps
+from limbeck.experiments.runs import Cell, Place
 from limbeck.params import positive
 from limbeck.training import grpo, learner, rollouts
 

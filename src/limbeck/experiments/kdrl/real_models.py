@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from limbeck import language_models, models, seeding
-from limbeck.experiments.cells import Place, Result
 from limbeck.experiments.kdrl import imitation, language
 from limbeck.experiments.kdrl.language import Words
+from limbeck.experiments.runs import Place, Result
 from limbeck.params import positive
 from limbeck.training import learner, resume, rollouts, supervised
 

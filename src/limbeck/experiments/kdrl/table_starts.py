@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from limbeck import language_models, models, seeding
-from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.kdrl import chains, imitation
 from limbeck.experiments.kdrl.chains import Chains
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import one_of, positive
 from limbeck.sampling import Tokens
 from limbeck.tasks import chain_sum

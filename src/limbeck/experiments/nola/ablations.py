@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from limbeck import assets, models
 from limbeck.adapters.basis import DISTRIBUTIONS
 from limbeck.adapters.quantisation import require_bits
-from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.nola import ablations_variants as variants
 from limbeck.experiments.nola import adapting, text_bench
 from limbeck.experiments.nola.ablations_bench import Bench
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import one_of, positive
 from limbeck.training import resume
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from limbeck import assets, evaluation, models, residual, seeding
 from limbeck.adapters import NolaConfig, attach_pranc
-from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import one_of, positive
 from limbeck.tasks import images
 from limbeck.training import rollouts, supervised

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from limbeck import residual
-from limbeck.experiments.cells import Cell, Place
 from limbeck.experiments.nola import budgets
+from limbeck.experiments.runs import Cell, Place
 from limbeck.params import positive
 
 CLASSES = range(10)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from limbeck import seeding
-from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.nola import budgets
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import positive
 from limbeck.training import resume
 

@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 
 from limbeck.adapters import reach
-from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import positive
 
 

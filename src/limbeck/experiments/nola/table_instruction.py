@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from limbeck import assets
-from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.nola import adapting, instruction_bench, text_bench
 from limbeck.experiments.nola.instruction_adapting import ARMS
 from limbeck.experiments.nola.instruction_bench import Bench
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import one_of
 
 _UNTRAINED = "none"

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from limbeck.adapters import NolaConfig
-from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import one_of, positive
 
 FLOAT = 32  # bits of a coefficient that is not quantised

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from limbeck import assets
-from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.nola import adapting, text_bench, text_model
 from limbeck.experiments.nola.adapting import Model
 from limbeck.experiments.nola.text_bench import Bench
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import one_of, positive
 
 Steps = Generator[dict[str, float], None, Result]

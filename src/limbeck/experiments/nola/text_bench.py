@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import language_models, models, text_scores
-from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.nola import adapting, text_model
 from limbeck.experiments.nola.adapting import Model
 from limbeck.experiments.nola.text_model import Pair, Texts
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import positive
 from limbeck.sampling import Tokens
 from limbeck.tasks import classification, meanings

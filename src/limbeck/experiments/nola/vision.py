@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck import assets, image_models, models, seeding
-from limbeck.experiments.cells import Cell, Place, Result
 from limbeck.experiments.nola import vision_first, vision_section
 from limbeck.experiments.nola.vision_section import NEAREST, Panel, Section, Shots
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.training import supervised
 
 Steps = Generator[dict[str, float], None, Result]

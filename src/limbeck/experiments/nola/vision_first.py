@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from limbeck import image_models, models, seeding
-from limbeck.experiments.cells import Place, Result
 from limbeck.experiments.nola import vision_section
 from limbeck.experiments.nola.vision_section import Section
+from limbeck.experiments.runs import Place, Result
 from limbeck.tasks import images
 from limbeck.training import resume, supervised
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from limbeck import assets
-from limbeck.experiments.cells import Cell, Place
+from limbeck.experiments.runs import Cell, Place
 from limbeck.experiments.sinkd import distill, encoder, terms
 from limbeck.experiments.sinkd.terms import ASSISTED
 from limbeck.training import resume

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from limbeck import evaluation, models
 from limbeck.evaluation import Outputs
-from limbeck.experiments.cells import Place, Result
+from limbeck.experiments.runs import Place, Result
 from limbeck.experiments.sinkd import encoder, terms
 from limbeck.experiments.sinkd.encoder import Section, Splits
 from limbeck.experiments.sinkd.section import SPLITS

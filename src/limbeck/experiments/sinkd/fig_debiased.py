@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from limbeck import seeding
-from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.experiments.sinkd import distill, sweep
 from limbeck.losses import transport
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.experiments.sinkd import line
 from limbeck.params import one_of, positive
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from limbeck import assets
-from limbeck.experiments.cells import Cell, Place
+from limbeck.experiments.runs import Cell, Place
 from limbeck.experiments.sinkd import distill, encoder, terms
 from limbeck.params import one_of
 

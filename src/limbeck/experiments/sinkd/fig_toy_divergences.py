@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import seeding
-from limbeck.experiments.cells import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.experiments.sinkd import line
 from limbeck.params import one_of, positive
 from limbeck.training import supervised

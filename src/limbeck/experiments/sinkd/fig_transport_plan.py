@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from limbeck import assets, seeding
-from limbeck.experiments.cells import Cell, Place
+from limbeck.experiments.runs import Cell, Place
 from limbeck.experiments.sinkd import distill, encoder
 from limbeck.losses import transport
 

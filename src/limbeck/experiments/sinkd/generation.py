@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import answers, language_models, models
 from limbeck.answers import Question
-from limbeck.experiments.cells import Place, Result
+from limbeck.experiments.runs import Place, Result
 from limbeck.experiments.sinkd import terms
 from limbeck.experiments.sinkd.generation_cells import FORMS, TEACHER, Section, weights
 from limbeck.experiments.sinkd.section import SPLITS

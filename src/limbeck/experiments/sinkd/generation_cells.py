@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from limbeck import assets
-from limbeck.experiments.cells import Cell
+from limbeck.experiments.runs import Cell
 from limbeck.experiments.sinkd import section as common
 from limbeck.params import one_of
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck import assets
-from limbeck.experiments.cells import Cell, Place
+from limbeck.experiments.runs import Cell, Place
 from limbeck.experiments.sinkd import distill, encoder, terms
 from limbeck.params import one_of, positive
 

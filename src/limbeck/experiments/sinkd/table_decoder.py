@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import language_models
-from limbeck.experiments.cells import Cell, Place
+from limbeck.experiments.runs import Cell, Place
 from limbeck.experiments.sinkd import generation, generation_cells
 from limbeck.params import positive
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from limbeck import language_models
-from limbeck.experiments.cells import Cell, Place
+from limbeck.experiments.runs import Cell, Place
 from limbeck.experiments.sinkd import generation, generation_cells
 
 
