@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from limbeck import closure, params, paths, records
+from limbeck import definitions, digests, params, paths, records
 from limbeck.experiments import ledger
 from limbeck.experiments.runs import Cell, Result
 
@@ -44,8 +44,8 @@ def experiment(tmp_path, monkeypatch):
 
     module.cells, module.run, module.fail = cells, run, ""
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(closure, "module_file", lambda name: tmp_path if name == module.__name__ else None)
-    monkeypatch.setattr(closure, "digest", lambda *_: module.code)
+    monkeypatch.setattr(definitions, "module_file", lambda name: tmp_path if name == module.__name__ else None)
+    monkeypatch.setattr(digests, "of_experiment", lambda *_: module.code)
     monkeypatch.setattr(params, "load", lambda *_: Params(module.rate))
     settings = params.settings()
     monkeypatch.setattr(

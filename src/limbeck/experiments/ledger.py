@@ -1,7 +1,7 @@
 """Which cells of an experiment are missing or stale, and the running of those.
 
 A cell's hash covers its coordinates, its inputs (hyperparameters, checksums of assets), the machine's part of
-params.yaml (threads, device, precision) and the code of its experiment's import closure. A cell is settled when its
+params.yaml (threads, device, precision) and the code that it reaches (`digests`). A cell is settled when its
 record carries that hash and the hash is in the list of what was run with the checkpoints at hand (`settled.json`,
 beside them). So a fresh clone, which has records but no checkpoints, retrains; a killed run goes on where it was; and
 an added seed runs alone. The records of `full` take hours, and are taken as they were committed; if one is added on
@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from limbeck import closure, models, params, paths, records
+from limbeck import definitions, digests, models, params, paths, records
 from limbeck.experiments.runs import Cell, Place, Result, execute
 
 _TRUSTED = ("full",)
@@ -59,7 +59,7 @@ class Ledger:
 
     def __init__(self, paper: str, experiment: str, profile: str) -> None:
         name = f"limbeck.experiments.{paper}.{experiment}"
-        if closure.module_file(name) is None:
+        if definitions.module_file(name) is None:
             raise ValueError(f"expected an experiment of {paper} (a module {name}), got {experiment!r}")
         self.module = importlib.import_module(name)
         self.settings = params.settings()
@@ -67,7 +67,7 @@ class Ledger:
         self.cells: list[Cell] = self.module.cells(self.section, self.settings.seeds)
         self.device = models.device(self.settings.device)
         machine = [self.settings.threads, self.settings.device, self.settings.precision]
-        self.common = [paper, experiment, *machine, closure.digest(name)]
+        self.common = [paper, experiment, *machine, digests.of_experiment(paper, experiment)]
         self.identity = {"paper": paper, "experiment": experiment, "profile": profile}
         self.results = paths.RESULTS / profile / paper / experiment
         self.checkpoints = paths.DATA / "checkpoints" / profile / paper / experiment
