@@ -29,7 +29,7 @@ $(READY): requirements.lock pyproject.toml
 
 reproduce: $(READY)  ## fetch the assets, retrain the default profile, draw its exhibits, renew the table in README.md
 	dvc repro
-	python -m limbeck.readme
+	python -m limbeck.exhibits.readme
 	@echo "The verdicts are in README.md, the pictures and numbers in results/, the executed notebooks in results/default/executed/."
 
 test: $(READY) lint  ## lint, unit tests, slow tests and notebooks, in a temporary copy of the tree
@@ -42,22 +42,22 @@ smoke: $(READY)  ## the whole chain with the smoke profile, in a temporary copy 
 
 figures: $(READY)  ## draw the exhibits again from the committed records; nothing is retrained
 	printf '%s\n' $(EXHIBITS) | sed -E 's|results/([^/]+)/([^/]+)/([^/]+)|notebooks/\2/\3.ipynb profile=\1|' | \
-		xargs -P 2 -L 1 python -m limbeck.notebooks
+		xargs -P 2 -L 1 python -m limbeck.workflow.notebooks
 	dvc commit --quiet --force $(STAGES)
-	python -m limbeck.readme
+	python -m limbeck.exhibits.readme
 
 full: $(READY)  ## the long experiments (hours on two cores; stop and continue at will)
 	python -m limbeck.assets
 	python -m limbeck.assets efficientnet_lite0
 	dvc repro --allow-missing pipelines/full/dvc.yaml
-	python -m limbeck.readme
+	python -m limbeck.exhibits.readme
 
 bench: $(READY)  ## time the losses and the loop against their alternatives, each in one process
 	python -m limbeck.assets
-	python -m limbeck.notebooks notebooks/sinkd/table_cost.ipynb
-	python -m limbeck.notebooks notebooks/kdrl/table_efficiency.ipynb
-	python -m limbeck.notebooks notebooks/nola/table_cost.ipynb
-	python -m limbeck.readme
+	python -m limbeck.workflow.notebooks notebooks/sinkd/table_cost.ipynb
+	python -m limbeck.workflow.notebooks notebooks/kdrl/table_efficiency.ipynb
+	python -m limbeck.workflow.notebooks notebooks/nola/table_cost.ipynb
+	python -m limbeck.exhibits.readme
 
 lab: $(READY)  ## JupyterLab on localhost
 	jupyter lab --ip=127.0.0.1 notebooks
@@ -67,10 +67,10 @@ lint: $(READY)
 	ruff format --check .
 
 pipeline: $(READY)  ## write dvc.yaml and pipelines/full/dvc.yaml from the notebooks, their imports and params/
-	python -m limbeck.pipeline
+	python -m limbeck.workflow.stages
 
 readme: $(READY)  ## renew the table in README.md from the exhibits
-	python -m limbeck.readme
+	python -m limbeck.exhibits.readme
 
 clean:  ## delete the environment and what was trained, not what was fetched
 	rm -rf $(VENV) data/checkpoints data/resume data/executed

@@ -1,71 +1,95 @@
 """Imports point one way, and results/*.json are the only bridge from experiments to exhibits."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 
 import pytest
 
-from limbeck import closure, paths
+from limbeck import paths
 
-BELOW = {
-    "losses": {"losses", "seeding"},
-    "adapters": {"adapters", "seeding"},
-    "tasks": {"tasks", "assets", "carriers", "params", "paths", "seeding"},
-    "training": {"training", "losses", "sampling", "models", "assets", "carriers", "paths", "seeding"},
-    "sampling": {"sampling", "models", "assets", "carriers", "paths", "seeding"},
-    "models": {"models", "assets", "carriers", "paths", "seeding"},
-    "language_models": {"language_models", "models", "assets", "carriers", "paths", "seeding"},
-    "answers": {"answers", "models", "tasks", "assets", "carriers", "params", "paths", "seeding"},
-    "efficientnet": {"efficientnet", "assets", "carriers", "paths", "seeding"},
-    "residual": {"residual", "seeding"},
-    "image_models": {"image_models", "adapters", "efficientnet", "models", "assets", "carriers", "paths", "seeding"},
-    "text_scores": {"text_scores", "tasks", "assets", "carriers", "params", "paths", "seeding"},
-    "evaluation": {"evaluation", "models", "tasks", "assets", "carriers", "params", "paths", "seeding"},
+MAY_IMPORT = {  # each folder, and each module at the top, names what of the package it may import beside itself
+    "__init__": set(),
+    "paths": set(),
+    "seeding": set(),
+    "carriers": set(),
+    "timing": set(),
+    "memory": set(),
+    "params": {"paths"},
+    "records": {"paths"},
+    "assets": {"carriers", "paths"},
+    "closure": {"paths"},
+    "definitions": {"paths"},
+    "normal_form": {"definitions"},
+    "digests": {"definitions", "normal_form", "paths", "records"},
+    "losses": set(),
+    "adapters": {"seeding"},
+    "models": {"adapters", "assets", "paths", "seeding"},
+    "tasks": {"assets", "params", "seeding"},
+    "sampling": {"models", "seeding"},
+    "vllm_sampling": {"sampling", "seeding"},
+    "training": {"losses", "models", "sampling"},
+    "evaluation": {"models", "tasks"},
+    "exhibits": {"paths", "records"},
+    "experiments": {"definitions", "digests", "models", "params", "paths", "records"},
+    "workflow": {"assets", "closure", "definitions", "digests", "experiments", "params", "paths", "records"},
 }
-EXHIBITS = ("records", "intervals", "rules", "claims", "figures", "readme")
+LIBRARY = {"losses", "adapters", "models", "tasks", "sampling", "vllm_sampling", "training", "evaluation"}
+BELOW_EXPERIMENTS = LIBRARY | {"assets", "experiments", "memory", "params", "seeding", "timing"}
+MAY_IMPORT |= {f"experiments.{paper}": BELOW_EXPERIMENTS for paper in ("kdrl", "nola", "sinkd")}
+PACKAGE = paths.ROOT / "src" / "limbeck"
+FILES = {
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
 
 
-def parts(module):
-    package = paths.ROOT / "src" / "limbeck"
-    files = (file.relative_to(package) for file in closure.files(f"limbeck.{module}"))
-    return {file.parts[0].removesuffix(".py") for file in files} - {"__init__"}
+def layer(module):
+    """The folder that a module lies in, or itself at the top; each paper's experiments are a folder."""
+    folder, _, inside = module.partition(".")
+    paper = f"{folder}.{inside.partition('.')[0]}"
+    return paper if paper in MAY_IMPORT else folder
 
 
-def modules(folder):
-    files = (paths.ROOT / "src" / "limbeck" / folder).rglob("*.py")
-    return [".".join(file.relative_to(paths.ROOT / "src" / "limbeck").with_suffix("").parts) for file in files]
+def imported(module):
+    """The modules of the package that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in (name.removeprefix("limbeck.") for name in names if name.startswith("limbeck.")):
+            found.add(name if name in FILES else name.rpartition(".")[0])
+    return found - {module}
 
 
-@pytest.mark.parametrize("layer", BELOW)
-def test_a_layer_knows_only_what_lies_below_it(layer):
-    for module in modules(layer) if (paths.ROOT / "src" / "limbeck" / layer).is_dir() else [layer]:
-        assert parts(module) <= BELOW[layer], module
+def test_every_folder_says_what_it_may_import():
+    assert {layer(module) for module in FILES} == set(MAY_IMPORT)
 
 
-def test_experiments_know_no_figures_and_write_only_through_the_ledger():
-    for module in [*modules("experiments/sinkd"), *modules("experiments/kdrl"), *modules("experiments/nola")]:
-        assert not parts(module) & {"figures", "claims", "notebooks", "readme", "records"}, module
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_only_what_lies_below_its_folder(module):
+    assert {layer(other) for other in imported(module)} - {layer(module)} <= MAY_IMPORT[layer(module)]
+
+
+def test_no_import_leads_back_to_where_it_came_from():
+    order = graphlib.TopologicalSorter({module: imported(module) for module in FILES})
+    assert set(order.static_order()) >= set(FILES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", EXHIBITS)
+@pytest.mark.parametrize("module", ["records", *(name for name in FILES if name.startswith("exhibits."))])
 def test_what_draws_exhibits_never_loads_torch(module):
     code = f"import sys, limbeck.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("file", sorted((paths.ROOT / "src").rglob("*.py")), ids=lambda file: file.stem)
-def test_a_module_keeps_to_its_budget(file):
-    lines = file.read_text().splitlines()
-    assert len(lines) <= 300
-    if len(lines) > 200:
-        assert "200 lines" in file.read_text().split('"""')[1], f"{file} has {len(lines)} lines and does not say why"
-
-
-@pytest.mark.parametrize("file", sorted((paths.ROOT / "src").rglob("*.py")), ids=lambda file: file.stem)
-def test_a_function_keeps_to_its_budget(file):
-    for node in ast.walk(ast.parse(file.read_text())):
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_and_its_functions_keep_to_their_budgets(module):
+    text = FILES[module].read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40 + len((ast.get_docstring(node) or "").splitlines()), node.name
 
@@ -74,7 +98,7 @@ DRAWS = {"rand", "randn", "randint", "randperm", "normal", "normal_", "uniform_"
 
 
 def test_nothing_in_the_package_draws_from_or_seeds_a_global_generator():
-    for file in (paths.ROOT / "src").rglob("*.py"):
+    for file in FILES.values():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 where = f"{file.name}:{node.lineno}"

@@ -108,8 +108,8 @@ def test_what_no_type_can_say_is_refused_before_anything_runs(tmp_path, monkeypa
     shutil.copy(paths.ROOT / "params.yaml", tmp_path)
     for constant in ("ROOT", "PARAMS", "RESULTS", "DATA"):
         monkeypatch.setattr(paths, constant, tmp_path / ("" if constant == "ROOT" else constant.lower()))
-    monkeypatch.setattr("limbeck.closure.module_file", lambda _: tmp_path)
-    monkeypatch.setattr("limbeck.closure.digest", lambda *_: "code")
+    monkeypatch.setattr("limbeck.definitions.module_file", lambda _: tmp_path)
+    monkeypatch.setattr("limbeck.digests.of_experiment", lambda *_: "code")
     paths.PARAMS.mkdir()
     (paths.PARAMS / "sinkd.yaml").write_text(yaml.safe_dump(sections))
     with pytest.raises(ValueError, match=message):

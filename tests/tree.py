@@ -11,7 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from limbeck import assets, pipeline
+from limbeck import assets
+from limbeck.workflow import stages
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW = ROOT / "data" / "raw"
@@ -52,10 +53,10 @@ def environment(root: Path) -> dict[str, str]:
 
 def train(root: Path) -> None:
     """Run every experiment that has a smoke section, also those of `full`: the exhibits read their records."""
-    for paper in pipeline.papers():
-        for experiment in pipeline.experiments(paper, "smoke"):
+    for paper in stages.papers():
+        for experiment in stages.experiments(paper, "smoke"):
             cell = [f"notebooks/{paper}/train.ipynb", f"experiment={experiment}", "profile=smoke"]
-            command = [sys.executable, "-m", "limbeck.notebooks", *cell]
+            command = [sys.executable, "-m", "limbeck.workflow.notebooks", *cell]
             subprocess.run(command, cwd=root, env=environment(root), check=True)
 
 

@@ -99,6 +99,11 @@ def path(name: str) -> Path:
     return target
 
 
+def source(name: str) -> str:
+    """What `from_pretrained` is given: the folder of an asset, else the name itself (a folder or a hub name)."""
+    return str(path(name)) if name in manifest() else name
+
+
 def fetch(name: str, *, folder: Path | None = None) -> Path:
     """The folder `folder/name` (default `data/raw`) with every member as in the manifest; downloads if one is not.
 

@@ -12,7 +12,7 @@ anybody, so the names of their parameters always count.
 import ast
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from limbeck import definitions
 from limbeck.definitions import Definition, External, Functions, Package, Target
@@ -72,13 +72,15 @@ def _of(module: str, name: str, statements: tuple[ast.stmt, ...]) -> NormalForm:
     return NormalForm(tuple(writer.parts), frozenset(writer.words))
 
 
+@dataclass(eq=False)
 class _Scope:
     """One function, lambda or comprehension (`numbers` of its locals, in order of appearance), or a class's body."""
 
-    def __init__(self, bound: Sequence[str], *, is_class: bool = False) -> None:
-        self.bound, self.is_class, self.outsiders = set(bound), is_class, False
-        self.numbers: dict[str, int] = {}
-        self.imports: dict[str, tuple[str, str | None]] = {}
+    bound: set[str]
+    is_class: bool = False
+    has_outsiders: bool = False
+    numbers: dict[str, int] = field(default_factory=dict)
+    imports: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
 
 class _Writer:
@@ -89,7 +91,6 @@ class _Writer:
         self.scopes: list[_Scope] = []
 
     def top(self, statement: ast.stmt) -> None:
-        """A statement at the top of a module."""
         match statement:
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 self.function(statement, exact=False)
@@ -107,21 +108,17 @@ class _Writer:
                 self.node(statement)
 
     def _place(self, target: ast.expr) -> str:
-        """Where in a pattern of names the definition stands."""
         if isinstance(target, ast.Tuple | ast.List):
             return f"({','.join(map(self._place, target.elts))})"
         return "*" if isinstance(target, ast.Name) and target.id == self.name else "_"
 
     def node(self, node: ast.AST) -> None:
-        """Any syntax, by its kind and fields."""
         match node:
-            case ast.Name():
-                self.reference(self.lookup(node.id), [])
-            case ast.Attribute():
+            case ast.Name() | ast.Attribute():
                 self.attribute(node)
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 self.parts.append(self.binding(node.name))
-                self.function(node, exact=bool(self.scopes) and self.scopes[-1].outsiders)
+                self.function(node, exact=bool(self.scopes) and self.scopes[-1].has_outsiders)
             case ast.Lambda():
                 self.callable(node, [node.body], exact=False)
             case ast.ClassDef():
@@ -144,7 +141,6 @@ class _Writer:
                 self.fields(node)
 
     def fields(self, node: ast.AST) -> None:
-        """A node without rules of its own."""
         self.parts.append(f"({type(node).__name__}")
         if isinstance(node, ast.keyword) and node.arg:
             self.words.add(node.arg)
@@ -162,7 +158,6 @@ class _Writer:
         self.parts.append(")")
 
     def body(self, values: Sequence) -> None:
-        """A list of nodes; of statements, those that do something."""
         self.parts.append("[")
         for value in values:
             if not isinstance(value, ast.AST):
@@ -174,7 +169,6 @@ class _Writer:
         self.parts.append("]")
 
     def lookup(self, name: str) -> Target | str:
-        """What a name stands for here; text for a local or a name of the class's body."""
         for depth in range(len(self.scopes) - 1, -1, -1):
             scope = self.scopes[depth]
             if scope.is_class and depth < len(self.scopes) - 1:
@@ -190,12 +184,10 @@ class _Writer:
         return definitions.resolve(self.module, name)
 
     def binding(self, name: str) -> str:
-        """A name that is bound here: its number, or in a class itself."""
         target = self.lookup(name)
         return target if isinstance(target, str) else f"global.{name}"
 
     def attribute(self, node: ast.Attribute) -> None:
-        """A chain of attributes, as far as it can be followed through modules."""
         chain: list[str] = []
         base: ast.expr = node
         while isinstance(base, ast.Attribute):
@@ -203,12 +195,11 @@ class _Writer:
             base = base.value
         if isinstance(base, ast.Name):
             self.reference(self.lookup(base.id), chain)
-            return
-        self.node(base)
-        self.parts.append("".join(f".{name}" for name in chain))
+        else:
+            self.node(base)
+            self.parts.append("".join(f".{name}" for name in chain))
 
     def reference(self, target: Target | str, chain: list[str]) -> None:
-        """A name and the attributes taken of it."""
         while isinstance(target, Package) and chain:
             target = definitions.resolve(target.module, chain.pop(0))
         if isinstance(target, External):
@@ -221,7 +212,6 @@ class _Writer:
         self.parts.append("".join(f".{name}" for name in chain))
 
     def function(self, node: Functions, *, exact: bool) -> None:
-        """A function without its name: decorators, parameters with their defaults, body."""
         self.parts.append(type(node).__name__)
         self.body(node.decorator_list)
         self.callable(node, node.body, exact=exact)
@@ -234,9 +224,8 @@ class _Writer:
         annotated += [argument for argument in (arguments.vararg, arguments.kwarg) if argument]
         for annotation in (*(argument.annotation for argument in annotated), getattr(node, "returns", None)):
             self.annotation(annotation)
-        scope = _Scope([argument.arg for argument in annotated])
-        scope.bound |= set(definitions.bound_names(body))
-        self.scopes.append(scope)
+        bound = {argument.arg for argument in annotated} | set(definitions.bound_names(body))
+        self.scopes.append(_Scope(bound))
         for kind, part in zip(("/", "", "*"), parts, strict=True):
             for argument in part:
                 self.parts.append(f"{kind}{self.lookup(argument.arg)}")
@@ -251,7 +240,7 @@ class _Writer:
         """The first iterable in the scope around, the rest in a scope of its own."""
         self.parts.append(f"({type(node).__name__}")
         targets = [name for part in node.generators for name in ast.walk(part.target)]
-        scope = _Scope([name.id for name in targets if isinstance(name, ast.Name)])
+        scope = _Scope({name.id for name in targets if isinstance(name, ast.Name)})
         for part in node.generators:
             self.node(part.iter)
             if scope not in self.scopes:
@@ -266,13 +255,11 @@ class _Writer:
         self.parts.append(")")
 
     def class_(self, node: ast.ClassDef) -> None:
-        """A class, whole: decorators, bases, and its body with the annotations of fields."""
         self.parts.append("class")
         self.body(node.decorator_list)
         self.body([*node.bases, *node.keywords])
-        scope = _Scope(definitions.bound_names(node.body), is_class=True)
-        scope.outsiders = any(map(self._is_outsider, node.bases))
-        self.scopes.append(scope)
+        outsiders = any(map(self._is_outsider, node.bases))
+        self.scopes.append(_Scope(set(definitions.bound_names(node.body)), is_class=True, has_outsiders=outsiders))
         self.body(node.body)
         self.scopes.pop()
 
@@ -302,7 +289,6 @@ class _Writer:
             self.node(assigned) if self.scopes else self.top(assigned)
 
     def annotation(self, node: ast.expr | None) -> None:
-        """What an annotation names, also one that is written as a text."""
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node = ast.parse(node.value, mode="eval").body
         if node is None:

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from limbeck import models
+from limbeck.models import encoders
 from limbeck.tasks import classification
 
 COUNTS = {
@@ -19,7 +19,7 @@ COUNTS = {
 
 @pytest.fixture
 def tokenizer(tiny_bert):
-    return models.load_tokenizer(tiny_bert)
+    return encoders.load_tokenizer(tiny_bert)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_label_that_is_no_class_is_refused(tokenizer):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_reading_only_the_start_of_a_text_changes_no_token(name):
-    tokenizer = models.load_tokenizer("minilm")
+    tokenizer = encoders.load_tokenizer("minilm")
     (found,) = classification.draw(classification.examples(name), (500,), seed=0)
     data = classification.encode(found, tokenizer, longest=24, classes=classification.class_names([found]))
     whole = tokenizer([example.text for example in found], truncation=True, max_length=24)["input_ids"]

@@ -5,8 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limbeck.losses.masking import require_finite
-from limbeck.losses.options import require_mask
+from limbeck.losses.masking import require_finite, require_mask
 
 
 class _ReverseKL(torch.autograd.Function):

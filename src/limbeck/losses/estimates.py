@@ -12,8 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from limbeck.losses import divergence
-from limbeck.losses.masking import masked_mean, require_finite
-from limbeck.losses.options import require_choice, require_mask
+from limbeck.losses.masking import masked_mean, require_choice, require_finite, require_mask
 
 KINDS = ("k1", "k2", "k3")
 SUPPORTS = ("student", "teacher")

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from limbeck.losses import estimates, policy
-from limbeck.losses.options import require_choice
+from limbeck.losses.masking import require_choice
 
 LEVELS = ("none", "response", "group")
 DENOMINATORS = ("all", "kept")

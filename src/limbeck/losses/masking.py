@@ -1,4 +1,4 @@
-"""How a loss ends: one mean over the rows that count, and one check that it is a number."""
+"""What every loss on rows checks and ends with: choices, masks, one mean over the rows that count, a finite number."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,3 +27,15 @@ def require_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
     if not torch.isfinite(loss):
         raise ValueError(f"received inputs that give a loss of {loss.item()}, expected a finite loss")
     return loss
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"received {name} {value!r}, expected one of {', '.join(choices)}")
+
+
+def require_mask(mask: Tensor, rows: Tensor) -> None:
+    """Raise ValueError unless the mask has one element for each row."""
+    if mask.shape != rows.shape:
+        raise ValueError(f"received a mask of shape {tuple(mask.shape)}, expected {tuple(rows.shape)}")

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from limbeck.losses.masking import require_finite
-from limbeck.losses.options import require_choice, require_mask
+from limbeck.losses.masking import require_choice, require_finite, require_mask
 
 SCALES = ("std", "none")
 NORMALISERS = ("token", "sequence", "constant")

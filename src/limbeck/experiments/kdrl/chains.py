@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from limbeck import characters
+from limbeck.models import characters
 from limbeck.params import one_of, positive
 from limbeck.sampling import Completions, Sampled, Tokens
 from limbeck.tasks import chain_sum

@@ -14,14 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck import models, seeding
-from limbeck.experiments.kdrl import curves, lines, objective, table_starts
+from limbeck.experiments.kdrl import curves, lines, table_starts
 from limbeck.experiments.kdrl.chains import FAMILIES, Chains
 from limbeck.experiments.kdrl.lines import START, TEACHER, Line
-from limbeck.experiments.kdrl.objective import Arm
 from limbeck.experiments.runs import Cell, Place, Result
 from limbeck.params import one_of, positive
 from limbeck.sampling import Sampled
-from limbeck.training import grpo, learner, rollouts
+from limbeck.training import grpo, learner, objectives, rollouts
+from limbeck.training.objectives import Arm
 from limbeck.training.rollouts import Problem
 
 Steps = Generator[dict[str, float], None, Result]
@@ -86,7 +86,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
 
 def _chooser(method: str) -> str:
     """The method whose choice a method takes: an annealed one that of its constant form."""
-    if objective.arm(method).schedule != "annealed":
+    if objectives.arm(method).schedule != "annealed":
         return method
     return "kdrl" if method == "annealed" else method.removesuffix("_annealed")
 
@@ -102,10 +102,10 @@ def run(cell: Cell, params: Params, place: Place) -> Steps:
         yield {"step": 1, "steps": 1}
         model = student if at["arm"] == START else teacher
         return Result(data.test_scores(model, seed=at["seed"], dtype=dtype), dtype=_spelled(dtype))
-    method = objective.arm(at["arm"])
+    method = objectives.arm(at["arm"])
     coef = _coefficient(at, place) if Line(**pair, method=at["arm"], kd_coef=None).mixed else float(method.taught)
     switch = _switch(at, params, place) if method.schedule == "switch" else None
-    aim = objective.of(method, kd_coef=coef, steps=params.steps, switch=switch, measure_every=params.measure_every)
+    aim = objectives.of(method, kd_coef=coef, steps=params.steps, switch=switch, measure_every=params.measure_every)
     runner = _runner(method, student, teacher, data, params, seed=at["seed"], dtype=dtype)
     weights = models.trainable(student)
 

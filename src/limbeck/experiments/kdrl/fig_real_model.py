@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from limbeck import assets, models, seeding
-from limbeck.experiments.kdrl import curves, imitation, language, objective, real_models
-from limbeck.experiments.kdrl.language import Words
+from limbeck.experiments.kdrl import curves, real_models, word_problems
 from limbeck.experiments.kdrl.real_models import FURTHER, TEACHER, Bench, Steps
+from limbeck.experiments.kdrl.word_problems import Words
 from limbeck.experiments.runs import Cell, Place
 from limbeck.params import positive
-from limbeck.training import grpo, learner, rollouts
+from limbeck.training import grpo, imitation, learner, objectives, rollouts
 
 _MEASURED = ("start", TEACHER)  # arms that are not trained
 _SETTINGS = ("group_size", "longest", "learning_rate", "clip_norm", "save_every", "micro_tokens")
@@ -44,7 +44,7 @@ class Params(real_models.Section):
 
 
 def _switches(arm: str) -> bool:
-    return arm not in _MEASURED and objective.arm(arm).schedule == "switch"
+    return arm not in _MEASURED and objectives.arm(arm).schedule == "switch"
 
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
@@ -65,7 +65,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
 def run(cell: Cell, params: Params, place: Place) -> Steps:
     """Train and score one cell; yields once a step."""
     arm, seed = cell.coordinates["arm"], cell.coordinates["seed"]
-    with language.judge(params) as judge:
+    with word_problems.judge(params) as judge:
         bench = Bench(params, place, Words(params, judge))
         if cell.coordinates["phase"] == "teacher":
             return (yield from real_models.train_teacher(bench))
@@ -78,12 +78,12 @@ def run(cell: Cell, params: Params, place: Place) -> Steps:
 
 def _train(arm: str, seed: int, params: Params, bench: Bench) -> Steps:
     """One arm: its steps, then its scores on the test split."""
-    data, method, student = bench.data, objective.arm(arm), bench.student()
+    data, method, student = bench.data, objectives.arm(arm), bench.student()
     own, dtype = method.texts == "own", bench.dtype(student)
     teacher = bench.teacher() if method.taught or not own else None
     switch = _switch(seed, params, bench.place) if _switches(arm) else None
     options = {"steps": params.steps, "switch": switch, "measure_every": params.measure_every}
-    aim = objective.of(method, kd_coef=params.kd_coef, **options)
+    aim = objectives.of(method, kd_coef=params.kd_coef, **options)
     chosen = {name: getattr(params, name) for name in _SETTINGS}
     settings = learner.Settings(**chosen, seed=seed, split_every=params.measure_every)
     sampler = data.sampler(student if own else teacher, dtype)

@@ -7,7 +7,7 @@ where it is chosen or there is none, the models where they are called student an
 import re
 from typing import NamedTuple
 
-from limbeck.experiments.kdrl import objective
+from limbeck.training import objectives
 
 START, TEACHER = "start", "teacher"  # methods that are not trained
 _WRITTEN = re.compile(r"(?P<method>\w+)( (?P<kd_coef>[\d.e-]+))?( from (?P<student>\w+))?( by (?P<teacher>\w+))?")
@@ -26,7 +26,7 @@ class Line(NamedTuple):
         """Whether it weighs the teacher against the reward at a constant or annealed weight."""
         if self.method in (START, TEACHER):
             return False
-        arm = objective.arm(self.method)
+        arm = objectives.arm(self.method)
         return arm.reward and arm.taught and arm.schedule != "switch"
 
     @property
@@ -41,7 +41,7 @@ def read(written: str) -> Line:
     if found is None:
         raise ValueError(f"received arm {written!r}, expected `method`, `method 0.3`, `... from student by teacher`")
     if found["method"] not in (START, TEACHER):
-        objective.arm(found["method"])
+        objectives.arm(found["method"])
     models = found["student"] or "student", found["teacher"] or "teacher"
     line = Line(*models, found["method"], None if found["kd_coef"] is None else float(found["kd_coef"]))
     if line.kd_coef is not None and not line.mixed:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from limbeck import language_models, models, seeding
-from limbeck.experiments.kdrl import imitation, language
-from limbeck.experiments.kdrl.language import Words
+from limbeck import models, seeding
+from limbeck.experiments.kdrl import word_problems
+from limbeck.experiments.kdrl.word_problems import Words
 from limbeck.experiments.runs import Place, Result
+from limbeck.models import language
 from limbeck.params import positive
-from limbeck.training import learner, resume, rollouts, supervised
+from limbeck.training import imitation, learner, resume, rollouts, supervised
 
 FURTHER = "further"
 TEACHER = "teacher"
@@ -23,7 +24,7 @@ Steps = Generator[dict[str, float], None, Result]
 
 
 @dataclass(frozen=True)
-class Section(language.Section):
+class Section(word_problems.Section):
     """Both models; `further_` is of a teacher called `further`.
 
     Of a model that is trained, here or in an arm, the last `trained_layers` layers are; 0 stands for all parameters.
@@ -78,13 +79,13 @@ class Bench:
     def student(self) -> PreTrainedModel:
         """The student at its start, the same for every seed; what is not trained is frozen."""
         model, layers = self._loaded(self.section.student), self.section.trained_layers
-        return language_models.train_last_layers(model, layers) if layers else model
+        return language.train_last_layers(model, layers) if layers else model
 
     def teacher(self) -> PreTrainedModel:
         """The teacher. Raises ValueError if its vocabulary is not the student's."""
         if self.section.teacher == FURTHER:
             return imitation.restore(self.student(), self.place.checkpoints, TEACHER)
-        tokenizer = language_models.load_tokenizer(self.section.teacher, self.data.texts)
+        tokenizer = language.load_tokenizer(self.section.teacher, self.data.texts)
         learner.require_one_vocabulary(self.data.tokenizer, tokenizer)
         return self._loaded(self.section.teacher)
 
@@ -93,7 +94,7 @@ class Bench:
 
         transformers draws new embeddings before it fills them, hence the fork.
         """
-        model = language_models.load(name, self.data.tokenizer, seed=0)
+        model = language.load(name, self.data.tokenizer, seed=0)
         if model.config.vocab_size > len(self.data.tokenizer):
             with torch.random.fork_rng(devices=[]):
                 model.resize_token_embeddings(len(self.data.tokenizer))

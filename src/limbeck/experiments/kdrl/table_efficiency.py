@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from limbeck import characters, language_models, models, params, sampling, seeding, timing
-from limbeck.experiments.kdrl import objective
+from limbeck import models, params, sampling, seeding, timing
 from limbeck.losses import policy
+from limbeck.models import characters, language
 from limbeck.tasks import chain_sum
-from limbeck.training import grpo, learner
+from limbeck.training import grpo, learner, objectives
 from limbeck.training.rollouts import Problem, Verdict
 
 SECTIONS = {"smoke": "tiny", "bench": "bench"}  # profile: section of params/kdrl.yaml
@@ -126,7 +126,7 @@ def _rows(section: Params, lengths: str, size: int) -> list[dict[str, float | in
 def start(section: Params, lengths: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """An untrained model, and its tokenizer with the token that ends a completion."""
     tokenizer = characters.tokenizer(chain_sum.ALPHABET)
-    model = language_models.load(section.shape, tokenizer, seed=seed)
+    model = language.load(section.shape, tokenizer, seed=seed)
     if lengths == "full":
         tokenizer.add_special_tokens({"eos_token": "[NEVER]"})
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
@@ -135,7 +135,7 @@ def start(section: Params, lengths: str, seed: int) -> tuple[PreTrainedModel, Pr
 
 def ours(arm: str, section: Params, lengths: str, size: int, asked: Asked) -> Callable[[], float]:
     """A step of our loop, as a call that returns the mean length of its completions."""
-    (student, tokenizer), method, every = start(section, lengths, 0), objective.arm(arm), section.rounds + 1
+    (student, tokenizer), method, every = start(section, lengths, 0), objectives.arm(arm), section.rounds + 1
     options = {"learning_rate": section.learning_rate, "clip_norm": section.clip_norm, "longest": section.longest}
     options |= {"micro_tokens": section.micro_tokens, "group_size": size, "seed": 0}
 
@@ -147,7 +147,7 @@ def ours(arm: str, section: Params, lengths: str, size: int, asked: Asked) -> Ca
     teacher = start(section, lengths, 1)[0] if method.taught else None
     settings = learner.Settings(**options, save_every=every, split_every=every)
     problems = [[Problem(tuple(tokenizer(prompt)["input_ids"]), prompt) for prompt in asked]] * every
-    aim = objective.of(method, kd_coef=section.kd_coef, steps=every, measure_every=every)
+    aim = objectives.of(method, kd_coef=section.kd_coef, steps=every, measure_every=every)
     run = learner.Run(student, sampler, verify, teacher, settings)
     steps = grpo.fit(run, models.trainable(student), problems, aim, state=None)
     return lambda: next(steps)["rollout/length"]

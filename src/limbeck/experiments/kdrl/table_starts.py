@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from limbeck import language_models, models, seeding
-from limbeck.experiments.kdrl import chains, imitation
+from limbeck import models, seeding
+from limbeck.experiments.kdrl import chains
 from limbeck.experiments.kdrl.chains import Chains
 from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.models import language
 from limbeck.params import one_of, positive
 from limbeck.sampling import Tokens
 from limbeck.tasks import chain_sum
-from limbeck.training import resume, supervised
+from limbeck.training import imitation, resume, supervised
 
 _NOTHING = "nothing"
 _BUCKETS = 16  # batches that are drawn together, so that each holds chains of like length
@@ -76,7 +77,7 @@ def model_of(section: Section, data: Chains, folder: Path, name: str) -> PreTrai
 
 def _drawn(section: Section, data: Chains, seed: int) -> PreTrainedModel:
     """An untrained decoder. Its matrices are `scale` times what Llama draws, which suits wider models."""
-    model = language_models.load(section.shape, data.tokenizer, seed=seed)
+    model = language.load(section.shape, data.tokenizer, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

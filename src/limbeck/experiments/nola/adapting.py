@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from limbeck import language_models, models
+from limbeck import models
 from limbeck.adapters import NolaConfig
 from limbeck.adapters.lora import draw_start
+from limbeck.models import language
 from limbeck.params import positive
 from limbeck.training import resume
 
@@ -150,7 +151,7 @@ def attach(arm: str, model: PreTrainedModel, settings: Settings, *, layers: int,
     if arm == "none":
         return model
     if arm == "full":
-        return language_models.train_last_layers(model, layers) if layers else model.requires_grad_(True)
+        return language.train_last_layers(model, layers) if layers else model.requires_grad_(True)
     if arm.startswith("lora_"):
         return lora(model, chosen, rank=int(arm.removeprefix("lora_")), scale=settings.lora_scale, seed=seed)
     if arm == "vera":

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from limbeck import assets, evaluation, models, residual, seeding
+from limbeck import assets, models, seeding
 from limbeck.adapters import NolaConfig, attach_pranc
+from limbeck.evaluation import classifier
 from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.models import resnet
 from limbeck.params import one_of, positive
 from limbeck.tasks import images
 from limbeck.training import rollouts, supervised
@@ -170,7 +172,7 @@ def run(cell: Cell, section: Section, place: Place, work: Work) -> Steps:
     parameters = attach(section, work, at["arm"], at["budget"], seed=seed)
     options = {"order": seeding.generator(seed, "order"), "steps": section.steps, "rate": rate}
     curve = yield from fit(section, place, model, train, **options)
-    residual.measure_statistics(model, train.images.to(place.device))
+    resnet.measure_statistics(model, train.images.to(place.device))
     counted = sum(parameter.numel() for name, parameter in parameters.items() if not work.free(name))
     metrics = {"adapter/coefficients": float(counted if at["arm"] in SIZED else 0), "selection/rate": rate}
     metrics |= scores(model, work.data, place.device, test=at["phase"] == "final")
@@ -185,5 +187,5 @@ def scores(model: nn.Module, data: dict[str, Part], device: torch.device, *, tes
         if name != "test" or test:
             logits = torch.cat([model(batch.to(device)).cpu() for batch in part.images.split(256)])
             found[f"{name}/loss"] = F.cross_entropy(logits, part.labels).item()
-            found[f"{name}/accuracy"] = evaluation.accuracy(logits, part.labels)
+            found[f"{name}/accuracy"] = classifier.accuracy(logits, part.labels)
     return found

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from limbeck import residual
 from limbeck.experiments.nola import budgets
 from limbeck.experiments.runs import Cell, Place
+from limbeck.models import resnet
 from limbeck.params import positive
 
 CLASSES = range(10)
@@ -39,7 +39,7 @@ def work(params: Params, seed: int) -> budgets.Work:
     """The network as it is drawn, and what of it is adapted and free."""
     data = budgets.parts(params, CLASSES)
     channels = data["train"].images.shape[1]
-    model = residual.draw(channels=channels, width=params.width, blocks=params.blocks, classes=len(CLASSES), seed=seed)
+    model = resnet.draw(channels=channels, width=params.width, blocks=params.blocks, classes=len(CLASSES), seed=seed)
     targets = [f"blocks.{name}" for name, part in model.blocks.named_modules() if isinstance(part, nn.Conv2d)]
     return budgets.Work(model.train(), data, targets, lambda name: "norm" in name or name.startswith("head"))
 

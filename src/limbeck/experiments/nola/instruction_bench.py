@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck import language_models, models
-from limbeck.experiments.nola import instruction_adapting, instruction_texts, text_bench, text_model
+from limbeck import assets, models
+from limbeck.experiments.nola import instruction_adapting, text_bench, text_model
 from limbeck.experiments.nola.adapting import Model
-from limbeck.experiments.nola.instruction_texts import Asked, Question
 from limbeck.experiments.nola.text_model import Pair, Texts
+from limbeck.models import language
 from limbeck.params import one_of, positive
 from limbeck.sampling import Tokens
+from limbeck.tasks import instructions
+from limbeck.tasks.instructions import Asked, Question
 from limbeck.training import supervised
 from limbeck.training.supervised import Terms
 
@@ -50,7 +52,7 @@ class Section(text_bench.Section):
         positive(longest_prompt=self.longest_prompt, nola_share=self.nola_share, micro_texts=self.micro_texts)
         positive(batch_size=self.batch_size, steps=self.steps)
         one_of("base_bits", self.base_bits, (4, 32))
-        instruction_texts.require_pair(self.data, self.questions)
+        instructions.require_pair(self.data, self.questions)
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ class Data:
 def prepare(section: Section) -> Data:
     """The data of a section. Raises ValueError for `chat` with a tokenizer that has no template."""
     options = {"train_texts": section.train_texts, "references": section.references, "seed": section.split_seed}
-    parts = instruction_texts.load(section.data, section.questions, section.split_sizes, **options)
+    parts = instructions.load(section.data, section.questions, section.split_sizes, **options)
     words = (text for asked in parts[0] for text in (_PLAIN.format(asked.instruction), asked.text))
-    tokenizer = language_models.load_tokenizer(section.model, words)
+    tokenizer = language.load_tokenizer(section.model, words)
     if section.chat and tokenizer.chat_template is None:
         raise ValueError(f"received chat: true, expected a chat template with the tokenizer of {section.model}")
     return Data(section, tokenizer, *parts)
@@ -157,7 +159,7 @@ def in_four_bits(name: str, where: torch.device) -> PreTrainedModel:
     form = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.bfloat16)
     options = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": str(where)}}
-    return AutoModelForCausalLM.from_pretrained(models.source(name), **options).eval().requires_grad_(False)
+    return AutoModelForCausalLM.from_pretrained(assets.source(name), **options).eval().requires_grad_(False)
 
 
 def in_parts(loss: Callable[[Tensor], Terms], texts: Texts, size: int) -> Callable[[Tensor], Terms]:

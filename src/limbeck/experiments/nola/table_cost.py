@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import GPT2Model
 
-from limbeck import params, timing
-from limbeck.experiments.nola import cost_memory, cost_stack
+from limbeck import memory, params, timing
+from limbeck.experiments.nola import cost_stack
 
 SECTIONS = {"smoke": "tiny", "bench": "bench"}  # profile: section of params/nola.yaml
 WHOLE = "nola_regenerated"  # the arm whose memory and draws others are compared with
@@ -73,7 +73,7 @@ def _rows(section: Params) -> list[dict[str, float | int | str]]:
     calls = {arm: cost_stack.step(model, **size) for arm, model in arms.items()}
     settle = {"settle": calls["none"]}  # not read: it pays for the memory that the step before it, the release's, freed
     seconds = timing.alternate(settle | calls, rounds=section.rounds)
-    once = {arm: {"memory/step": cost_memory.peak_extra(call) / _MEGABYTE} for arm, call in calls.items()}
+    once = {arm: {"memory/step": memory.peak_extra(call) / _MEGABYTE} for arm, call in calls.items()}
     for arm, found in drawing(arms).items():
         once[arm] |= found
     once["nola_shared"] |= merging(base, arms["nola_shared"], section.tokens)
@@ -107,7 +107,7 @@ def drawing(arms: dict[str, nn.Module]) -> Rows:
     for arm in DRAWN:
         call = cost_stack.factor_passes(arms[arm])
         call()  # threads and buffers that stay
-        found[arm] = min(cost_memory.peak_extra(call) for _ in range(_REPEATS)) / _MEGABYTE
+        found[arm] = min(memory.peak_extra(call) for _ in range(_REPEATS)) / _MEGABYTE
     return {arm: {"memory/factor": peak, "memory/share": peak / found[WHOLE]} for arm, peak in found.items()}
 
 

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck import language_models, models, text_scores
+from limbeck import models
+from limbeck.evaluation import text_overlap
 from limbeck.experiments.nola import adapting, text_model
 from limbeck.experiments.nola.adapting import Model
 from limbeck.experiments.nola.text_model import Pair, Texts
 from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.models import language
 from limbeck.params import positive
 from limbeck.sampling import Tokens
 from limbeck.tasks import classification, meanings
@@ -93,7 +95,7 @@ def prepare(section: Section) -> Data:
     pool = [(meaning, text) for meaning in train for text in meaning.texts]
     (drawn,) = classification.draw(pool, [section.train_texts], seed=section.split_seed)
     words = (part for meaning, text in drawn for part in (meanings.prompt(meaning), text))
-    return Data(section, train, validation, test, language_models.load_tokenizer(section.model, words), drawn)
+    return Data(section, train, validation, test, language.load_tokenizer(section.model, words), drawn)
 
 
 def state_cells(section: Section, inputs: dict[str, Any]) -> list[Cell]:
@@ -125,7 +127,7 @@ class Bench:
 
     def decoder(self) -> PreTrainedModel:
         """The model, frozen; one of a shape is drawn by seed 0."""
-        model = language_models.load(self.section.model, self.data.tokenizer, seed=0)
+        model = language.load(self.section.model, self.data.tokenizer, seed=0)
         return model.eval().requires_grad_(False).to(self.place.device)
 
     def dtype(self, model: Model) -> torch.dtype:
@@ -176,7 +178,7 @@ class Bench:
     def test_scores(self, model: Model, beams: int) -> dict[str, float]:
         """BLEU and ROUGE-L in [0, 100], and where slots are known the errors a slot, of what is said for the test."""
         test, texts = self.data.test, self.sentences(model, self.data.test, beams)
-        found = text_scores.overlaps(texts, [meaning.texts for meaning in test])
+        found = text_overlap.overlaps(texts, [meaning.texts for meaning in test])
         if slots := sum(len(meaning.slots) for meaning in test):
             wrong = sum(meanings.slot_errors(meaning, text) for meaning, text in zip(test, texts, strict=True))
             found["slot_error_rate"] = wrong / slots

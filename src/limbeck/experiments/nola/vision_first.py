@@ -12,10 +12,11 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from limbeck import image_models, models, seeding
+from limbeck import models, seeding
 from limbeck.experiments.nola import vision_section
 from limbeck.experiments.nola.vision_section import Section
 from limbeck.experiments.runs import Place, Result
+from limbeck.models import vision
 from limbeck.tasks import images
 from limbeck.training import resume, supervised
 
@@ -51,18 +52,18 @@ def _batches(among: Tensor, section: Section) -> list[Int[Tensor, "batch 3"]]:
 
 def train(name: str, section: Section, place: Place) -> Generator[dict[str, float], None, Result]:
     """Train a shape's model on the first classes, leave its weights, and score it on images that it never saw."""
-    found = vision_section.data(section.first_data, image_models.SIDE, section.first_classes)
+    found = vision_section.data(section.first_data, vision.SIDE, section.first_classes)
     source = seeding.generator(section.data_seed, "first")
     held = images.choose(found.labels, ~found.held, section.first_held, source)
     among = torch.ones(len(found), dtype=torch.bool)
     among[held] = False
-    model = image_models.load(name, classes=found.classes, seed=FIRST_SEED).to(place.device)
+    model = vision.load(name, classes=found.classes, seed=FIRST_SEED).to(place.device)
 
     def loss(rows: Tensor) -> supervised.Terms:
         moved = shifted(found.at(rows[:, 0]), rows[:, 1:], section.first_shift)
-        seen = image_models.prepared(name, moved, image_models.SIDE).to(place.device)
+        seen = vision.prepared(name, moved, vision.SIDE).to(place.device)
         labels = found.labels[rows[:, 0]].to(place.device)
-        return {"loss/ce": F.cross_entropy(image_models.logits(model, seen), labels)}
+        return {"loss/ce": F.cross_entropy(vision.logits(model, seen), labels)}
 
     parameters = models.trainable(model)
     options = {"clip_norm": section.clip_norm, "state": place.state, "save_every": section.save_every}
@@ -70,8 +71,8 @@ def train(name: str, section: Section, place: Place) -> Generator[dict[str, floa
     curve = yield from supervised.fit(parameters, loss, batches, learning_rate=section.first_rate, **options)
     resume.write_tensors(place.checkpoints / file_of(name), dict(model.named_parameters()))
     with torch.no_grad():
-        seen = image_models.prepared(name, found.at(held), image_models.SIDE).to(place.device)
-        guesses = image_models.logits(model, seen).argmax(-1).cpu()
+        seen = vision.prepared(name, found.at(held), vision.SIDE).to(place.device)
+        guesses = vision.logits(model, seen).argmax(-1).cpu()
     accuracy = (guesses == found.labels[held]).double().mean().item()
     count = sum(parameter.numel() for parameter in parameters.values())
     return Result({"first/accuracy": accuracy}, curve, count)
@@ -85,7 +86,7 @@ def restore(model: nn.Module, folder: Path, name: str) -> None:
     found = load_file(path)
     if found.keys() != parameters.keys():
         raise ValueError(f"received {len(found)} weights in {path}, expected the {len(parameters)} of {name}")
-    head = set(map(id, image_models.head_of(model).parameters()))
+    head = set(map(id, vision.head_of(model).parameters()))
     with torch.no_grad():
         for key, parameter in parameters.items():
             if id(parameter) not in head:

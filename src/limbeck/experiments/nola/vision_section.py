@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from limbeck import image_models, seeding
+from limbeck import seeding
+from limbeck.models import vision
 from limbeck.params import positive
 from limbeck.tasks import images
 from limbeck.tasks.images import Images
@@ -98,7 +99,7 @@ class Section:
 
     def side_of(self, model: str) -> int:
         """The side of the images that a model reads."""
-        return image_models.SIDE if image_models.drawn(model) else self.side
+        return vision.SIDE if vision.drawn(model) else self.side
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from limbeck import evaluation, models
-from limbeck.evaluation import Outputs
+from limbeck import models
+from limbeck.evaluation import classifier
+from limbeck.evaluation.classifier import Outputs
 from limbeck.experiments.runs import Place, Result
 from limbeck.experiments.sinkd import encoder, terms
 from limbeck.experiments.sinkd.encoder import Section, Splits
@@ -43,7 +44,7 @@ class Run:
 
     def outputs(self, rows: Tensor, *, states: bool = False) -> Outputs:
         """The model's outputs of some training rows."""
-        return evaluation.forward(self.model, self.data["train"], rows, self.dtype, states=states)
+        return classifier.forward(self.model, self.data["train"], rows, self.dtype, states=states)
 
     def labels(self, rows: Tensor) -> Tensor:
         """Their labels, where the model is."""
@@ -51,17 +52,17 @@ class Run:
 
     def logits(self, split: str) -> Tensor:
         """The model's logits of a whole split."""
-        return evaluation.all_rows(self.model, self.data[split], self.dtype).logits
+        return classifier.all_rows(self.model, self.data[split], self.dtype).logits
 
     def score(self, split: str, logits: Tensor | None = None) -> float:
         """The task's own metric on a split."""
         logits = self.logits(split) if logits is None else logits
-        return evaluation.score(classification.metric(self.task), logits, self.data[split].labels)
+        return classifier.score(classification.metric(self.task), logits, self.data[split].labels)
 
     def scores(self, split: str, outputs: dict[str, Tensor]) -> dict[str, float]:
         """The student's score on a split, and how often it says what the teacher says."""
         logits = self.logits(split)
-        agreement = evaluation.accuracy(logits, outputs[split].argmax(-1))
+        agreement = classifier.accuracy(logits, outputs[split].argmax(-1))
         return {f"{split}/score": self.score(split, logits), f"{split}/agreement": agreement}
 
     def fit(
@@ -118,7 +119,7 @@ def train_teacher(section: Section, task: str, place: Place) -> Steps:
 
     curve = yield from run.fit(loss, section.teacher_learning_rate)
     found = {split: run.logits(split) for split in SPLITS[1:]}
-    train = evaluation.all_rows(run.model, run.data["train"], run.dtype, states=True)
+    train = classifier.all_rows(run.model, run.data["train"], run.dtype, states=True)
     found |= {"train": train.logits, "states": train.states}
     resume.write_tensors(place.checkpoints / outputs_file(task), found)
     return run.result({f"{split}/score": run.score(split, found[split]) for split in SPLITS}, curve)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from limbeck import models
 from limbeck.experiments.sinkd import section as common
 from limbeck.experiments.sinkd.section import SPLITS
+from limbeck.models import encoders
 from limbeck.params import positive
 from limbeck.tasks import classification
 
@@ -47,7 +47,7 @@ def layers_of(student: str) -> tuple[str, int]:
 @functools.lru_cache(maxsize=8)
 def _splits(model: str, task: str, longest: int, sizes: tuple[int, ...], seed: int) -> tuple[Splits, tuple[str, ...]]:
     parts = classification.splits(task, sizes, seed=seed)
-    names, tokenizer = classification.class_names(parts), models.load_tokenizer(model)
+    names, tokenizer = classification.class_names(parts), encoders.load_tokenizer(model)
     encoded = [classification.encode(part, tokenizer, longest=longest, classes=names) for part in parts]
     return dict(zip(SPLITS, encoded, strict=True)), names
 
@@ -59,12 +59,12 @@ def splits(section: Section, task: str) -> tuple[Splits, tuple[str, ...]]:
 
 def pretrained(section: Section, classes: int, seed: int, student: str = "") -> PreTrainedModel:
     """The pretrained encoder, or a student of it, with a head of its own; embeddings frozen."""
-    model = models.load_encoder(section.model, classes=classes, seed=seed)
+    model = encoders.load_encoder(section.model, classes=classes, seed=seed)
     if student:
         kind, layers = layers_of(student)
-        model = models.first_layers(model, layers)
-        model = models.redraw_layers(model, seed) if kind == "random" else model
-    return models.read_first_token(models.freeze_embeddings(model))
+        model = encoders.first_layers(model, layers)
+        model = encoders.redraw_layers(model, seed) if kind == "random" else model
+    return encoders.read_first_token(encoders.freeze_embeddings(model))
 
 
 def spelled(task: str) -> str:

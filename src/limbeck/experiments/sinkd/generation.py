@@ -18,13 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck import answers, language_models, models
-from limbeck.answers import Question
+from limbeck import models
+from limbeck.evaluation import answers
+from limbeck.evaluation.answers import Question
 from limbeck.experiments.runs import Place, Result
 from limbeck.experiments.sinkd import terms
 from limbeck.experiments.sinkd.generation_cells import FORMS, TEACHER, Section, weights
 from limbeck.experiments.sinkd.section import SPLITS
 from limbeck.losses import divergence, sinkd
+from limbeck.models import language
 from limbeck.tasks import classification, prompted
 from limbeck.training import resume, supervised
 
@@ -37,7 +39,7 @@ def prepare(section: Section, *, ends: bool) -> tuple[PreTrainedTokenizerBase, S
     """The teacher's tokenizer, which is the student's too, and the three splits; do answers end in the end token?"""
     parts = prompted.splits(section.data, section.split_sizes, seed=section.split_seed)
     words = (text for example in parts[0] for text in (example.prompt, *example.choices))
-    tokenizer = language_models.load_tokenizer(section.teacher, words)
+    tokenizer = language.load_tokenizer(section.teacher, words)
     end = (tokenizer.eos_token_id,) if ends else ()
     encoded = [answers.encode(part, tokenizer, longest=section.longest, end=end) for part in parts]
     return tokenizer, dict(zip(SPLITS, encoded, strict=True))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck import language_models
 from limbeck.experiments.runs import Cell, Place
 from limbeck.experiments.sinkd import generation, generation_cells
+from limbeck.models import language
 from limbeck.params import positive
 
 
@@ -36,8 +36,8 @@ def run(cell: Cell, params: Params, place: Place) -> generation.Steps:
     """Train and score one cell; yields once a step."""
     tokenizer, data = generation.prepare(params, ends=False)
     if cell.coordinates["phase"] == "teacher":
-        model = language_models.load(params.teacher, tokenizer, seed=params.teacher_seed)
-        model = language_models.train_last_layers(model, params.teacher_trained_layers)
+        model = language.load(params.teacher, tokenizer, seed=params.teacher_seed)
+        model = language.train_last_layers(model, params.teacher_trained_layers)
         return (yield from generation.train_teacher(generation.Run(model, data, params, place)))
     model = _student(params, tokenizer)
     return (yield from generation.train_student(generation.Run(model, data, params, place), cell.coordinates))
@@ -46,7 +46,7 @@ def run(cell: Cell, params: Params, place: Place) -> generation.Steps:
 def _student(params: Params, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The student at its start, the same for every seed: seeds differ in the order of the texts."""
     _, first, layers = params.student.rpartition("first-")
-    model = language_models.load(params.teacher if first else params.student, tokenizer, seed=params.teacher_seed)
+    model = language.load(params.teacher if first else params.student, tokenizer, seed=params.teacher_seed)
     if first:
-        model = language_models.keep_first_layers(model, int(layers))
-    return language_models.train_last_layers(model, model.config.num_hidden_layers)
+        model = language.keep_first_layers(model, int(layers))
+    return language.train_last_layers(model, model.config.num_hidden_layers)

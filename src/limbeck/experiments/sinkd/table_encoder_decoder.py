@@ -6,9 +6,9 @@ All weights of both are trained. An answer ends in the end token, which is a pos
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from limbeck import language_models
 from limbeck.experiments.runs import Cell, Place
 from limbeck.experiments.sinkd import generation, generation_cells
+from limbeck.models import language
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,6 @@ def run(cell: Cell, params: Params, place: Place) -> generation.Steps:
     tokenizer, data = generation.prepare(params, ends=True)
     teaching = cell.coordinates["phase"] == "teacher"
     name = params.teacher if teaching else params.student
-    model = language_models.load(name, tokenizer, seed=cell.coordinates["seed"])
+    model = language.load(name, tokenizer, seed=cell.coordinates["seed"])
     run = generation.Run(model, data, params, place)
     return (yield from generation.train_teacher(run) if teaching else generation.train_student(run, cell.coordinates))

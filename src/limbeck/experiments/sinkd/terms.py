@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.evaluation import Outputs
+from limbeck.evaluation.classifier import Outputs
 from limbeck.losses import baselines, divergence, transport
 from limbeck.training import supervised
 

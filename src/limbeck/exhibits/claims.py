@@ -1,0 +1,161 @@
+"""The papers' statements, and the verdicts on them from what we measured.
+
+A statement carries a rule written before any run (`limbeck.rules`). Measurements are paired replicate by replicate and
+meet the rule as a Student t interval, at the confidence that Holm's procedure leaves it among its neighbours. Five
+words come out: agrees, agrees in direction, inconclusive, disagrees, not tested. No verdict is typed by hand.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from scipy import stats
+
+from limbeck import paths
+from limbeck.exhibits import intervals, rules
+
+ALPHA = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One statement of a paper: where it stands, how far to trust our reading of it, the rule that decides it."""
+
+    id: str
+    exhibit: str
+    statement: str
+    source: str
+    reliability: str
+    rule: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming the claim, for a rule that cannot be decided."""
+        try:
+            rules.check(self.rule)
+        except ValueError as error:
+            raise ValueError(f"claim {self.id!r}: {error}") from None
+
+
+def load(paper: str) -> tuple[Claim, ...]:
+    """Every claim of data/claims/<paper>.yaml, in its order: a list of mappings with the fields of `Claim`."""
+    path = paths.DATA / "claims" / f"{paper}.yaml"
+    if not path.is_file():
+        raise ValueError(f"expected the claims of {paper} at {path}, found none")
+    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    fields = [field.name for field in dataclasses.fields(Claim)]
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must be a list of claims, got {type(entries).__name__}")
+    for entry in entries:
+        if not isinstance(entry, Mapping) or set(entry) != set(fields):
+            raise ValueError(f"{path}: a claim has exactly the keys {', '.join(fields)}; got {entry!r}")
+        for name in fields:
+            kind = dict if name == "rule" else str
+            if not entry[name] or not isinstance(entry[name], kind):
+                raise ValueError(f"{path}: {name} must be a {kind.__name__} with content, got {entry[name]!r}")
+    names = [entry["id"] for entry in entries]
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"{path}: expected every id once, got {repeated} more often")
+    return tuple(Claim(**entry) for entry in entries)
+
+
+def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """One decision a claim, ready for JSON: `ours` with `interval`, `level`, `count`, the rule in words, the verdict.
+
+    `ours` is the mean of left - right, of Kendall's tau for `monotone`, of left for `exact` and `report`.
+    Holm's family is every claim with a test and enough replicates: pass the claims of one exhibit, all of them.
+    An order agrees in direction only if it holds for the means over replicates as well.
+    A claim whose arms are not in the frame is "not tested". Raises ValueError for a metric or a coordinate that is no
+    column, and for sides that were not measured on the same replicates.
+    """
+    measured = [_measure(claim.rule, frame) for claim in claims]
+    family = [i for i, claim in enumerate(claims) if rules.tested(claim.rule, measured[i])]
+    p_values = [rules.p_value(claims[i].rule, measured[i]) for i in family]
+    levels = dict(zip(family, intervals.holm_levels(p_values, alpha=ALPHA), strict=True))
+    decisions = [_decision(claim, measured[i], levels.get(i, 1 - ALPHA)) for i, claim in enumerate(claims)]
+    for claim, decision in zip(claims, decisions, strict=True):
+        if decision["verdict"] == "agrees in direction" and not _holds(claim.rule, frame):
+            decision["verdict"] = "inconclusive"
+    return decisions
+
+
+def table(decisions: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Decisions as a table to show, one row a claim."""
+    columns = ["statement", "rule", "ours", "interval", "level", "count", "verdict"]
+    return pd.DataFrame(list(decisions), columns=["id", *columns]).set_index("id")
+
+
+def _measure(rule: Mapping[str, Any], frame: pd.DataFrame) -> np.ndarray | None:
+    """The statistic of a rule, one number a replicate (for `exact`, a row); None where an arm was not run."""
+    terms, metric, replicate = rules.terms(rule), rule["metric"], rule.get("replicate", "seed")
+    sides = [term for term in terms if isinstance(term, Mapping)]
+    named = {replicate, *(name for side in sides for name in side)}
+    if missing := sorted({metric, *named} - set(frame.columns)):
+        raise ValueError(f"expected {', '.join(missing)} among the columns, got {', '.join(frame.columns)}")
+    others = [name for name in frame.columns if "/" not in name and name not in named]
+    parts = [_select(frame.dropna(subset=[metric, replicate]), side) for side in sides]
+    if any(part.empty for part in parts):
+        return None
+    _check_matched(parts, replicate, others)
+    if rule["kind"] == "exact":
+        return parts[0][metric].to_numpy(dtype=float)
+    means = _means(parts, metric, replicate)
+    if rule["kind"] == "monotone":
+        taus = [stats.kendalltau(range(len(sides)), row).statistic for row in means]
+        return np.nan_to_num(taus)  # equal values throughout have no order, hence tau 0
+    return means[:, 0] - (means[:, 1] if len(sides) == 2 else rule.get("right", 0.0))
+
+
+def _means(parts: Sequence[pd.DataFrame], metric: str, replicate: str) -> np.ndarray:
+    """The metric of every side, items averaged: [replicate, side]."""
+    return np.stack([part.groupby(replicate)[metric].mean().to_numpy(dtype=float) for part in parts], axis=1)
+
+
+def _holds(rule: Mapping[str, Any], frame: pd.DataFrame) -> bool:
+    """Whether the means over replicates stand in the stated order, each below the next; other rules say it by sign."""
+    if rule["kind"] != "monotone":
+        return True
+    parts = [_select(frame.dropna(subset=[rule["metric"]]), side) for side in rule["order"]]
+    means = _means(parts, rule["metric"], rule.get("replicate", "seed")).mean(axis=0)
+    return bool((np.diff(means) > 0).all())
+
+
+def _select(frame: pd.DataFrame, side: Mapping[str, Any]) -> pd.DataFrame:
+    for name, value in side.items():
+        frame = frame[frame[name] == value]
+    return frame
+
+
+def _check_matched(parts: Sequence[pd.DataFrame], replicate: str, others: Sequence[str]) -> None:
+    """Every replicate of every side must cover the same cells: else a difference is not the arms' alone."""
+    layouts = []
+    for part in parts:
+        cells = pd.Series([str(row) for row in part[others].to_numpy(dtype=object).tolist()], index=part[replicate])
+        layouts.append({key: sorted(group) for key, group in cells.groupby(level=0)})
+    if any(layout.keys() != layouts[0].keys() for layout in layouts):
+        got = " and ".join(str(list(layout)) for layout in layouts)
+        raise ValueError(f"expected the same values of {replicate!r} on every side of a rule, got {got}")
+    first = next(iter(layouts[0].values()))
+    if any(cells != first for layout in layouts for cells in layout.values()):
+        raise ValueError(
+            f"expected each {replicate!r} of each side to cover the same {', '.join(others) or 'rows'}, got {layouts}; "
+            "run the missing cells, or name in the rule the coordinates in which its sides differ"
+        )
+
+
+def _decision(claim: Claim, values: np.ndarray | None, level: float) -> dict[str, Any]:
+    estimate = None if values is None else intervals.mean_interval(values, level=level)
+    return {
+        "id": claim.id,
+        "statement": claim.statement,
+        "source": claim.source,
+        "reliability": claim.reliability,
+        "ours": estimate and estimate.mean,
+        "interval": [estimate.low, estimate.high] if estimate and estimate.count > 1 else None,
+        "level": estimate and estimate.level,
+        "count": estimate.count if estimate else 0,
+        "rule": rules.describe(claim.rule),
+        "verdict": rules.verdict(claim.rule, values, estimate),
+    }

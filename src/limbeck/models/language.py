@@ -1,0 +1,157 @@
+"""Language models by name: decoders and encoder-decoders, whole, cut to their first layers, or small and untrained.
+
+A name is an asset, a local folder, a hub name, or a shape: `llama-4x64` has 4 layers of width 64, `t5-2x64` as many in
+each of its two stacks, both with weights drawn from a seed over the words of the texts at hand. SmolLM2 travels as
+GGUF, which transformers reads slowly and cannot write; it is copied once to a plain float32 model in data/processed.
+
+Left out: dropout, as in `models`; models come in evaluation mode.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from limbeck import assets, paths, seeding
+
+_QUANTISED = ("smollm2",)
+_SHAPE = re.compile(r"(llama|t5)-(\d+)x(\d+)")
+_HEAD_WIDTH, _INNER = 16, 4  # of the untrained ones: width of a head, and of the feed-forward part in widths
+_STACKS = (("layers", "norm"), ("h", "ln_f"))  # Llama and its kin; GPT-Neo and its kin
+
+
+def load_tokenizer(name: str, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a named model; of a shape, one whose tokens are the words that occur twice in `texts`."""
+    if not _SHAPE.fullmatch(name):
+        return AutoTokenizer.from_pretrained(_source(name))
+    words = Tokenizer(WordLevel(unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
+    trainer = trainers.WordLevelTrainer(min_frequency=2, special_tokens=list(special.values()), show_progress=False)
+    words.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def load(name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """The named model in float32, or one of a shape, drawn by `seed` over the tokenizer's vocabulary."""
+    if shape := _SHAPE.fullmatch(name):
+        return _drawn(shape[1], int(shape[2]), int(shape[3]), tokenizer, seed)
+    source = _source(name)
+    both = AutoConfig.from_pretrained(source).is_encoder_decoder
+    return (AutoModelForSeq2SeqLM if both else AutoModelForCausalLM).from_pretrained(source, dtype=torch.float32)
+
+
+def keep_first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """Cut a decoder to its first `layers` layers; embeddings, last norm and head stay. Returns the model.
+
+    Raises ValueError unless 1 <= layers <= the model's.
+    """
+    stack, _ = _stack(model)
+    if not 1 <= layers <= len(stack):
+        raise ValueError(f"layers must be between 1 and the model's {len(stack)}, got {layers}")
+    del stack[layers:]
+    model.config.num_hidden_layers = layers
+    return model
+
+
+def train_last_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """Freeze a decoder but for its last `layers` layers and its last norm. Returns the model.
+
+    Raises ValueError unless 1 <= layers <= the model's.
+    """
+    stack, norm = _stack(model)
+    if not 1 <= layers <= len(stack):
+        raise ValueError(f"trained layers must be between 1 and the model's {len(stack)}, got {layers}")
+    model.requires_grad_(False)
+    for part in (*stack[-layers:], norm):
+        part.requires_grad_(True)
+    return model
+
+
+def _stack(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
+    """The layers of a decoder, and the norm after them."""
+    for layers, norm in _STACKS:
+        if hasattr(model.base_model, layers):
+            return getattr(model.base_model, layers), getattr(model.base_model, norm)
+    raise ValueError(f"expected a decoder with its layers in .layers or .h, got {type(model).__name__}")
+
+
+def _source(name: str) -> str:
+    return str(_dequantised(name)) if name in _QUANTISED else assets.source(name)
+
+
+def _dequantised(name: str) -> Path:
+    """The folder with the float32 copy of an asset's GGUF; made where it is missing, whole or not at all."""
+    target = paths.DATA / "processed" / f"{name}-{assets.checksum(name)[:8]}"
+    if not target.is_dir():
+        (file,) = assets.path(name).glob("*.gguf")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as temporary:
+            finished = Path(temporary, name)
+            _convert(file, finished)
+            try:
+                finished.rename(target)
+            except OSError:  # another process may have been faster
+                if not target.is_dir():
+                    raise
+    return target
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write a Llama in a GGUF file as a plain model in float32, with its tokenizer."""
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = quantised.config
+    del config.quantization_config  # else the copy would count as quantised, and could not be saved
+    plain = LlamaForCausalLM(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.tie_weights()
+    plain.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def _drawn(kind: str, layers: int, width: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """An untrained model with tied embeddings; the library's own draw is discarded, the global generator left alone."""
+    heads = width // _HEAD_WIDTH
+    if not layers or not heads or width % _HEAD_WIDTH:
+        raise ValueError(f"expected layers > 0 and a width divisible by {_HEAD_WIDTH}, got {kind}-{layers}x{width}")
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    common = tokens | {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    with torch.random.fork_rng(devices=[]):
+        if kind == "t5":
+            inner = {"d_model": width, "d_kv": _HEAD_WIDTH, "d_ff": _INNER * width, "num_heads": heads}
+            start = {"num_layers": layers, "decoder_start_token_id": tokenizer.pad_token_id}
+            model: PreTrainedModel = T5ForConditionalGeneration(T5Config(**common, **inner, **start))
+        else:
+            inner = {"hidden_size": width, "intermediate_size": _INNER * width, "num_attention_heads": heads}
+            model = LlamaForCausalLM(LlamaConfig(**common, **inner, num_hidden_layers=layers))
+    deviation = _t5_deviation(width) if kind == "t5" else lambda _: model.config.initializer_range
+    generator = seeding.generator(seed, "weights")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0.0, deviation(name), generator=generator)
+    return model.eval()
+
+
+def _t5_deviation(width: int) -> Callable[[str], float]:
+    """T5's initial deviations: 1 for embeddings, else by fan-in; a query's stands in for attention's scale too."""
+    special = {"shared": 1.0, "q": (width * _HEAD_WIDTH) ** -0.5, "wo": (_INNER * width) ** -0.5}
+    return lambda name: special.get(name.split(".")[-2], width**-0.5)

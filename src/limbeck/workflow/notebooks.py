@@ -1,0 +1,155 @@
+"""Run a notebook strictly: `python -m limbeck.workflow.notebooks notebooks/sinkd/train.ipynb experiment=table_encoder`.
+
+Papermill, and four things that it leaves to chance: a parameter that the notebook does not declare or never reads is an
+error; the kernel is this interpreter's and the working directory is the root; the run fails if an input changed while
+it went; and what is kept of the executed notebook has no times, counters or paths in it. An exhibit's executed copy
+goes to results/<profile>/executed/, any other to data/executed/; how it was run goes to results/<profile>/provenance/.
+"""
+
+import ast
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+
+from limbeck import paths, records
+from limbeck.workflow import stages
+
+
+def parameters_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The one cell tagged `parameters`. Raises ValueError unless there is exactly one."""
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(f"expected one cell tagged parameters, got {len(tagged)}")
+    return tagged[0]
+
+
+def defaults(notebook: nbformat.NotebookNode) -> dict[str, Any]:
+    """The parameters that a notebook declares, with the literals it gives them."""
+    body = ast.parse(parameters_cell(notebook).source).body
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)}
+
+
+def check_parameters(notebook: nbformat.NotebookNode, given: dict[str, Any]) -> dict[str, Any]:
+    """The declared parameters with the given values in place.
+
+    Raises ValueError for a name that is not declared, or is declared and read by no other cell.
+    """
+    declared = defaults(notebook)
+    if unknown := sorted(set(given) - set(declared)):
+        raise ValueError(f"unknown parameter {', '.join(unknown)}; the notebook declares {', '.join(declared)}")
+    others = [cell for cell in notebook.cells if cell.cell_type == "code" and cell is not parameters_cell(notebook)]
+    read = {node.id for cell in others for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)}
+    if unread := sorted(set(declared) - read):
+        raise ValueError(f"no cell reads parameter {', '.join(unread)}")
+    return declared | given
+
+
+def run(path: Path, given: dict[str, Any]) -> Path:
+    """Execute a notebook and return where its executed copy lies."""
+    notebook = nbformat.read(path, as_version=4)
+    parameters = check_parameters(notebook, given)
+    name = f"{parameters['experiment']}-{path.stem}" if "experiment" in parameters else path.stem
+    inputs = stages.inputs(path, parameters)
+    before = stages.checksums(inputs)
+    raw = paths.DATA / "executed" / parameters["profile"] / path.parent.name / f"{name}.ipynb"
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    started = time.monotonic()
+    papermill.execute_notebook(
+        path,
+        raw,
+        parameters,
+        kernel_name="python3",
+        cwd=paths.ROOT,
+        progress_bar=False,
+        stdout_file=sys.stdout,
+        stderr_file=sys.stderr,
+    )
+    seconds = time.monotonic() - started
+    if changed := [file for file, checksum in stages.checksums(inputs).items() if before[file] != checksum]:
+        raise ValueError(
+            f"{', '.join(changed)} changed while {name} ran; its results may mix old and new: run it again"
+        )
+    results = paths.RESULTS / parameters["profile"]
+    provenance = _provenance(before, seconds)
+    records.replace_text(results / "provenance" / path.parent.name / f"{name}.json", provenance)
+    executed = raw if "experiment" in parameters else results / "executed" / path.parent.name / path.name
+    records.replace_text(executed, canonical(nbformat.read(raw, as_version=4)))
+    return executed
+
+
+def canonical(notebook: nbformat.NotebookNode) -> str:
+    """An executed notebook as text that depends only on what was run: outputs stay, the rest of the run goes."""
+    for key in set(notebook.metadata) - {"kernelspec", "language_info"}:
+        del notebook.metadata[key]
+    notebook.metadata["language_info"] = {"name": "python"}
+    for index, cell in enumerate(notebook.cells):
+        cell.metadata = {"tags": cell.metadata["tags"]} if "tags" in cell.metadata else {}
+        cell["id"] = f"cell-{index}"
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output.execution_count = None
+    return nbformat.writes(notebook) + "\n"
+
+
+def _provenance(inputs: dict[str, str], seconds: float) -> str:
+    """Commit, versions, machine, seconds and the checksum of every input, as JSON."""
+    versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    kept = ("torch", "transformers", "datasets", "peft", "POT", "numpy", "scipy", "pandas", "matplotlib", "dvc")
+    return (
+        json.dumps(
+            {
+                "commit": _git("rev-parse", "HEAD"),
+                "modified": bool(_git("status", "--porcelain", "--", "src", "params", "params.yaml", "notebooks")),
+                "seconds": round(seconds, 1),
+                "python": platform.python_version(),
+                "versions": {name: versions[name] for name in kept if name in versions},
+                "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+                "inputs": inputs,
+            },
+            indent=1,
+            sort_keys=True,
+        )
+        + "\n"
+    )
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _main(arguments: list[str]) -> None:
+    if not arguments or not all("=" in argument for argument in arguments[1:]):
+        raise ValueError(
+            f"usage: python -m limbeck.workflow.notebooks NOTEBOOK [name=value ...]; got {' '.join(arguments)}"
+        )
+    given = dict(argument.split("=", 1) for argument in arguments[1:])
+    run(Path(arguments[0]).resolve(), {name: yaml.safe_load(value) for name, value in given.items()})
+
+
+if __name__ == "__main__":
+    try:
+        _main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"limbeck.workflow.notebooks: {error}")

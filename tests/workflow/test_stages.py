@@ -1,0 +1,291 @@
+"""What DVC would run: nothing after a commit, and after a change exactly what depends on it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+import yaml
+from safetensors import safe_open
+
+import tree
+from limbeck import assets, paths
+from limbeck.workflow import stages
+
+LINES = {"sinkd-fig_toy_divergences", "sinkd-fig_gradient_shift"}
+ENCODERS = {"sinkd-table_encoder", "sinkd-fig_transport_plan", "sinkd-fig_permutation"}
+SINKD = LINES | ENCODERS
+KDRL = {"kdrl-fig_kl_gradients", "kdrl-table_starts", "kdrl-table_main"}
+DRAWN = {
+    "nola-table_text",
+    "nola-fig_pranc_loss",
+}  # tasks/classification.py draws their splits
+NOLA = DRAWN | {"nola-fig_rank", "nola-table_vision", "nola-table_storage"}
+READERS = {"kdrl-fig_learning_curves", "kdrl-table_out_of_domain"}  # of table_main's records
+DRAW = SINKD | KDRL | NOLA | READERS
+
+
+def training(names):
+    """The stages that train what these exhibits read."""
+    return {f"{name}-train" for name in names}
+
+
+def test_the_committed_pipelines_are_those_that_the_notebooks_imports_and_params_give():
+    for path, text in stages.texts().items():
+        assert path.read_text() == text, "run `make pipeline`"
+
+
+def test_every_experiment_has_a_smoke_and_a_paper_section_and_is_retrained_by_default_or_full():
+    for paper in stages.papers():
+        default, full, smoke, paper_scale = (
+            set(stages.experiments(paper, profile)) for profile in ("default", "full", "smoke", "paper")
+        )
+        assert default | full == smoke == paper_scale
+        assert default
+
+
+def test_every_stage_of_full_writes_to_full_and_every_other_to_the_chosen_profile():
+    for name, stage in stages.stages("full").items():
+        assert all("/full/" in next(iter(out)) for out in stage["outs"]), name
+    for stage in stages.stages("${profile}").values():
+        assert all("/${profile}/" in next(iter(out)) for out in stage["outs"])
+
+
+def test_prepare_brings_every_asset_but_those_on_request():
+    outs = yaml.safe_load(stages.texts()[paths.ROOT / "dvc.yaml"])["stages"]["prepare"]["outs"]
+    found = {next(iter(out)).removeprefix("data/raw/") for out in outs}
+    assert found == set(assets.manifest()) - {"efficientnet_lite0"}
+
+
+def test_a_section_needs_the_assets_that_it_names_at_any_depth():
+    section = {"model": "minilm", "tasks": ["r52", "20ng"], "sizes": {"vader_movie": [1, 2]}, "steps": 3}
+    assert assets.named(stages._words(section)) == ["minilm", "topics", "vader"]
+
+
+def test_a_training_stage_never_depends_on_how_things_are_drawn():
+    for name, stage in stages.stages("${profile}").items():
+        drawn = {f"src/limbeck/{file}" for file in ("figures.py", "looks.py", "limbeck.mplstyle", "claims.py")}
+        assert drawn & set(stage["deps"]) == (set() if name.endswith("-train") else drawn)
+
+
+def test_the_inputs_of_a_run_are_whole_files_that_exist():
+    for paper in stages.papers():
+        for experiment in stages.experiments(paper, "default"):
+            folder = paths.NOTEBOOKS / paper
+            found = stages.inputs(folder / "train.ipynb", {"experiment": experiment, "profile": "default"})
+            assert f"params/{paper}.yaml" in found
+            assert all((paths.ROOT / file).is_file() for file in found)
+            assert set(stages.checksums(found)) == set(found)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    return tree.copy(tmp_path_factory.mktemp("tree"))
+
+
+def dvc(root, *arguments):
+    done = subprocess.run(
+        ["dvc", *arguments], cwd=root, env=tree.environment(root), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def stale(root):
+    """The stages of which a dependency or parameter changed since dvc.lock; checkpoints are absent, not changed."""
+    found = json.loads(dvc(root, "status", "dvc.yaml", "--json"))
+    changes = {
+        stage: [entry.get("changed deps", {}) for entry in why if isinstance(entry, dict)]
+        for stage, why in found.items()
+    }
+    return {
+        stage
+        for stage, entries in changes.items()
+        if any(not name.startswith("data/checkpoints/") for entry in entries for name in entry)
+    }
+
+
+def after(root, name, change):
+    """What `change` of a file's text makes stale; the file is put back."""
+    path = root / name
+    text = path.read_text()
+    try:
+        path.write_text(change(text))
+        return stale(root)
+    finally:
+        path.write_text(text)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_to_run_in_what_is_committed(copy):
+    assert stale(copy) == set()
+    planned = dvc(copy, "repro", "--dry", "--allow-missing")
+    assert "Running stage" not in planned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "old", "new", "expected"),
+    [
+        ("src/limbeck/exhibits/palette.py", "#d55e00", "#d55e01", DRAW),
+        ("src/limbeck/exhibits/figures.py", "#8a8a8a", "#8a8a8b", DRAW),
+        ("src/limbeck/limbeck.mplstyle", "font.size: 9", "font.size: 10", DRAW),
+        ("src/limbeck/losses/transport.py", "import math", "import math\n", training(SINKD)),
+        ("src/limbeck/tasks/multiwoz_acts.py", "import json", "import json\n", training(ENCODERS | DRAWN)),
+        ("params.yaml", "seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 2, 3, 4, 5]", training(SINKD | KDRL | NOLA)),
+        (
+            "src/limbeck/tasks/chain_sum.py",
+            "import reasoning_gym",
+            "import reasoning_gym\n",
+            training(KDRL) - {"kdrl-fig_kl_gradients-train"},
+        ),
+        ("data/claims/sinkd.yaml", "id: encoder-kl-over-ce", "id: encoder-kl-before-ce", SINKD),
+    ],
+)
+def test_a_change_makes_stale_exactly_what_depends_on_it(copy, name, old, new, expected):
+    assert old in (copy / name).read_text()
+    assert after(copy, name, lambda text: text.replace(old, new, 1)) == expected
+
+
+@pytest.mark.slow
+def test_a_changed_section_makes_only_its_experiment_stale(copy):
+    def change(text):
+        sections = yaml.safe_load(text)
+        sections["fig_toy_divergences"]["default"]["steps"] += 1
+        sections["table_encoder"]["smoke"]["epochs"] += 1
+        return yaml.safe_dump(sections)
+
+    assert after(copy, "params/sinkd.yaml", change) == {"sinkd-fig_toy_divergences-train"}
+
+
+@pytest.mark.slow
+def test_a_changed_record_makes_stale_every_exhibit_that_reads_it(copy):
+    (record,) = (copy / "results" / "default" / "kdrl" / "table_main").glob("*arm=kd,seed=0.json")
+    name = record.relative_to(copy).as_posix()
+    assert after(copy, name, lambda text: text + " ") == {"kdrl-table_main", *READERS}
+
+
+def test_an_experiment_that_imports_another_depends_on_what_it_leaves():
+    deps = {name: stage["deps"] for name, stage in stages.stages("full").items()}
+    left = "data/checkpoints/full/kdrl/table_starts"
+    assert {name for name, files in deps.items() if left in files} == {"kdrl-ablations-train"}
+
+
+@pytest.mark.slow
+def test_saving_a_notebook_in_jupyter_makes_nothing_stale_but_changing_its_code_does(copy):
+    def save(text):
+        opened = nbformat.reads(text, as_version=4)
+        opened.metadata["language_info"] = {"name": "python", "version": "3.11.7", "mimetype": "text/x-python"}
+        for count, cell in enumerate(opened.cells):
+            cell.metadata["collapsed"] = False
+            if cell.cell_type == "code":
+                cell.execution_count = count
+                cell.outputs = [nbformat.v4.new_output("stream", text="out")]
+        return nbformat.writes(opened)
+
+    def edit(text):
+        return text.replace('exhibit = \\"fig_toy', 'exhibit  = \\"fig_toy')
+
+    name = "notebooks/sinkd/fig_toy_divergences.ipynb"
+    assert after(copy, name, save) == set()
+    assert after(copy, name, edit) == {"sinkd-fig_toy_divergences"}
+
+
+@pytest.mark.slow
+def test_a_cache_of_python_makes_nothing_stale(copy):
+    for folder in ("src/limbeck/__pycache__", "results/default/sinkd/table_encoder/__pycache__"):
+        (copy / folder).mkdir(parents=True, exist_ok=True)
+        (copy / folder / "x.cpython-311.pyc").write_bytes(b"x")
+    assert stale(copy) == set()
+
+
+def train(root, log):
+    command = [sys.executable, "-m", "limbeck.workflow.notebooks", "notebooks/sinkd/train.ipynb"]
+    command += ["experiment=table_divergences", "profile=smoke"]
+    return subprocess.Popen(
+        command, cwd=root, env=tree.environment(root), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def records(root):
+    folder = root / "results" / "smoke" / "sinkd" / "table_divergences"
+    return {path.name: path for path in folder.glob("*.json")}
+
+
+def set_seeds(root, seeds):
+    settings = root / "params.yaml"
+    settings.write_text(re.sub(r"seeds: \[.*?\]", f"seeds: {seeds}", settings.read_text()))
+
+
+def set_workers(root, workers):
+    settings = root / "params.yaml"
+    settings.write_text(re.sub(r"workers: \d+", f"workers: {workers}", settings.read_text()))
+
+
+ARMS = ("ce", "ce+kl", "ce+kl+sinkhorn", "ce+value", "ce+zero_one", "ce+l1")
+FINAL, STEPS = 11, 3  # the teacher and 10 selection runs come before; a final cell of the smoke profile has 3 steps
+
+
+def final(arm, seed):
+    return f"phase=final,task=20ng,student=first-2,arm={arm},seed={seed}.json"
+
+
+def settled_cells(root):
+    file = root / "data" / "checkpoints" / "smoke" / "sinkd" / "table_divergences" / "settled.json"
+    return set(json.loads(file.read_text())) if file.is_file() else set()
+
+
+def stop_in_a_final_cell(running, root):
+    """Suspend the run with everything it started once a final cell has saved a step but not its last; that step."""
+    while running.is_running() and running.status() != psutil.STATUS_ZOMBIE:
+        family = [running, *running.children(recursive=True)]
+        for process in family:
+            process.suspend()
+        settled = settled_cells(root)
+        states = [p for p in (root / "data" / "resume").rglob("state.safetensors") if p.parent.name not in settled]
+        for state in states if len(settled) >= FINAL else ():
+            with safe_open(state, "pt") as file:
+                step = json.loads(file.metadata()["state"])["step"]
+            if step < STEPS:
+                return step
+        for process in family:
+            process.resume()
+        time.sleep(0.02)
+    raise AssertionError("the run ended before it could be stopped in a final cell")
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_a_cell_goes_on_there_and_an_added_seed_runs_alone(tmp_path):
+    whole, killed = (tree.copy((tmp_path / name).resolve()) for name in ("whole", "killed"))
+    for root in (whole, killed):
+        set_seeds(root, "[0]")
+    set_workers(whole, 1)
+    with (tmp_path / "log").open("w") as log:
+        assert train(whole, log).wait() == 0, (tmp_path / "log").read_text()
+        running = psutil.Process(train(killed, log).pid)
+        saved = stop_in_a_final_cell(running, killed)
+        for process in [*running.children(recursive=True), running]:
+            process.kill()
+        running.wait()
+        assert 0 < saved < STEPS
+        done = {name: path.stat().st_mtime_ns for name, path in records(killed).items()}
+        assert train(killed, log).wait() == 0, (tmp_path / "log").read_text()
+    assert {name: path.read_bytes() for name, path in records(killed).items()} == {
+        name: path.read_bytes() for name, path in records(whole).items()
+    }
+    assert len(done) < len(records(whole))
+    assert {name: records(killed)[name].stat().st_mtime_ns for name in done} == done
+    assert not list((killed / "data" / "resume").rglob("state.safetensors"))
+    set_seeds(killed, "[0, 1]")
+    before = {name: path.stat().st_mtime_ns for name, path in records(killed).items()}
+    with (tmp_path / "log").open("w") as log:
+        assert train(killed, log).wait() == 0, (tmp_path / "log").read_text()
+    fresh = {name for name, path in records(killed).items() if before.get(name) != path.stat().st_mtime_ns}
+    assert fresh == {final(arm, 1) for arm in ARMS}
+    for arm in ARMS:
+        one, other = (records(killed)[final(arm, seed)].read_text() for seed in (0, 1))
+        assert json.loads(one)["curve"] != json.loads(other)["curve"]
