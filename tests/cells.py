@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from limbeck import params
-from limbeck.experiments.runs import Place
+from limbeck.experiments.runs import Workspace
 
 SMALL = {
     "longest": 12,
@@ -29,7 +29,7 @@ def section(module, model, **changes):
 
 def place(folder, name, found=()):
     """Where one cell runs: checkpoints in `folder`, its state under its name, after the records `found`."""
-    return Place(folder, folder / name / "state", list(found), torch.device("cpu"), "float32")
+    return Workspace(folder, folder / name / "state", list(found), torch.device("cpu"), "float32")
 
 
 def drive(module, params, cell, where, kill_at=None):

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from limbeck.experiments.runs import Cell, Place, Result, execute
+from limbeck.experiments.runs import Cell, Result, Workspace, execute
 
 TEACHER, FIRST, SECOND, LAST = CELLS = [
     Cell({"arm": "teacher"}, {}),
@@ -29,7 +29,7 @@ class Steps:
 
 @pytest.fixture
 def place(tmp_path):
-    return Place(tmp_path, tmp_path / "state", [], torch.device("cpu"), "float32")
+    return Workspace(tmp_path, tmp_path / "state", [], torch.device("cpu"), "float32")
 
 
 def run(cell, place, experiment=None, on_step=lambda step: None, threads=None):

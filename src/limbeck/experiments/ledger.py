@@ -28,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from limbeck import definitions, digests, models, params, paths, records
-from limbeck.experiments.runs import Cell, Place, Result, execute
+from limbeck.experiments.runs import Cell, Result, Workspace, execute
 
 _TRUSTED = ("full",)
 _WAIT = 0.2  # seconds between two looks at what other processes have settled
@@ -123,12 +123,12 @@ class Ledger:
                 return False
             state = self.resume / self.hash(cell) / "state.safetensors"
             earlier = [self.record(other) for other in self.cells if other.turn < cell.turn]
-            place = Place(self.checkpoints, state, earlier, self.device, self.settings.precision)
+            place = Workspace(self.checkpoints, state, earlier, self.device, self.settings.precision)
             self._settle(cell, self._run(cell, place))
             shutil.rmtree(state.parent, ignore_errors=True)
             return True
 
-    def _run(self, cell: Cell, place: Place) -> Result:
+    def _run(self, cell: Cell, place: Workspace) -> Result:
         """Run one cell to its end, with a bar that says what it is."""
         number = f"{self.cells.index(cell) + 1}/{len(self.cells)}"
         label = " ".join([*self.identity.values(), number, records.cell_name(cell.coordinates)])

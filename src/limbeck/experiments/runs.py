@@ -28,7 +28,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """Where a cell may write, what earlier cells of the experiment measured, and the machine's part of the set-up."""
 
     checkpoints: Path
@@ -53,7 +53,7 @@ def execute(
     section: Any,
     cells: Sequence[Cell],
     cell: Cell,
-    place: Place,
+    place: Workspace,
     *,
     threads: int,
     on_step: Callable[[dict[str, Any]], None],

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from limbeck import params
-from limbeck.experiments.runs import Place
+from limbeck.experiments.runs import Workspace
 from limbeck.experiments.sinkd import fig_gradient_shift as figure
 
 
 def measure(arm, tmp_path):
     section = params.load("sinkd", "fig_gradient_shift", "default", figure.Params)
     cell = next(cell for cell in figure.cells(section, ()) if cell.coordinates["arm"] == arm)
-    steps = figure.run(cell, section, Place(tmp_path, tmp_path, [], torch.device("cpu"), "auto"))
+    steps = figure.run(cell, section, Workspace(tmp_path, tmp_path, [], torch.device("cpu"), "auto"))
     next(steps)
     with pytest.raises(StopIteration) as stop:
         next(steps)

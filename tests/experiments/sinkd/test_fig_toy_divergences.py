@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from limbeck import params
-from limbeck.experiments.runs import Place
+from limbeck.experiments.runs import Workspace
 from limbeck.experiments.sinkd import fig_toy_divergences as toy
 from limbeck.experiments.sinkd import line
 
@@ -18,7 +18,7 @@ def section():
 
 def drive(coordinates, section, folder):
     cell = next(cell for cell in toy.cells(section, ()) if cell.coordinates == coordinates)
-    steps = toy.run(cell, section, Place(folder, folder / "state", [], torch.device("cpu"), "auto"))
+    steps = toy.run(cell, section, Workspace(folder, folder / "state", [], torch.device("cpu"), "auto"))
     while True:
         try:
             next(steps)

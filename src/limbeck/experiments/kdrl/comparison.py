@@ -17,7 +17,7 @@ from limbeck import models, seeding
 from limbeck.experiments.kdrl import curves, lines, table_starts
 from limbeck.experiments.kdrl.chains import FAMILIES, Chains
 from limbeck.experiments.kdrl.lines import START, TEACHER, Line
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import one_of, positive
 from limbeck.sampling import Sampled
 from limbeck.training import grpo, learner, objectives, rollouts
@@ -91,7 +91,7 @@ def _chooser(method: str) -> str:
     return "kdrl" if method == "annealed" else method.removesuffix("_annealed")
 
 
-def run(cell: Cell, params: Params, place: Place) -> Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> Steps:
     """Train and score one cell; yields once a step."""
     at, data = cell.coordinates, Chains(params)
     folder = place.checkpoints.parent / "table_starts"
@@ -161,7 +161,7 @@ def _problems(data: Chains, params: Params, seed: int) -> list[list[Problem]]:
     return [[data.problem(pool[row]) for row in rows] for rows in drawn]
 
 
-def _coefficient(at: dict[str, Any], place: Place) -> float:
+def _coefficient(at: dict[str, Any], place: Workspace) -> float:
     """The teacher's weight in a cell: its own, or the chosen one, of equals the smallest."""
     if "kd_coef" in at:
         return at["kd_coef"]
@@ -171,7 +171,7 @@ def _coefficient(at: dict[str, Any], place: Place) -> float:
     return best["cell"]["kd_coef"]
 
 
-def _switch(at: dict[str, Any], params: Params, place: Place) -> int:
+def _switch(at: dict[str, Any], params: Params, place: Workspace) -> int:
     """The step at which `kd`, of the same seed, stopped rising on the validation split."""
     (record,) = (record for record in place.records if record["cell"] == {**at, "arm": "kd"})
     return curves.ends(params.steps, params.save_every)[curves.stopped(record["curve"]["validation/accuracy"])]

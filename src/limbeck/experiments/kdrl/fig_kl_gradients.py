@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from limbeck import seeding
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.losses import divergence, estimates, kdrl
 from limbeck.params import one_of, positive
 
@@ -53,7 +53,7 @@ def cells(params: Params, _seeds: Sequence[int]) -> list[Cell]:
     ]
 
 
-def run(cell: Cell, params: Params, _place: Place) -> Generator[dict[str, float], None, Result]:
+def run(cell: Cell, params: Params, _place: Workspace) -> Generator[dict[str, float], None, Result]:
     """Every draw of student, teacher and sampler; yields once a draw."""
     found: dict[str, list[float]] = {}
     for draw in range(params.draws):

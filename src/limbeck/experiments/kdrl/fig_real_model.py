@@ -13,7 +13,7 @@ from limbeck import assets, models, seeding
 from limbeck.experiments.kdrl import curves, real_models, word_problems
 from limbeck.experiments.kdrl.real_models import FURTHER, TEACHER, Bench, Steps
 from limbeck.experiments.kdrl.word_problems import Words
-from limbeck.experiments.runs import Cell, Place
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.params import positive
 from limbeck.training import grpo, imitation, learner, objectives, rollouts
 
@@ -62,7 +62,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return sorted(found, key=lambda cell: cell.turn)
 
 
-def run(cell: Cell, params: Params, place: Place) -> Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> Steps:
     """Train and score one cell; yields once a step."""
     arm, seed = cell.coordinates["arm"], cell.coordinates["seed"]
     with word_problems.judge(params) as judge:
@@ -104,7 +104,7 @@ def _train(arm: str, seed: int, params: Params, bench: Bench) -> Steps:
     return bench.result(student, metrics, curve, weights)
 
 
-def _switch(seed: int, params: Params, place: Place) -> int:
+def _switch(seed: int, params: Params, place: Workspace) -> int:
     """The step at which `kd`, of the same seed, stopped rising on the validation split."""
     wanted = {"phase": "final", "arm": "kd", "seed": seed}
     (record,) = (record for record in place.records if record["cell"] == wanted)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from limbeck import models, seeding
 from limbeck.experiments.kdrl import word_problems
 from limbeck.experiments.kdrl.word_problems import Words
-from limbeck.experiments.runs import Place, Result
+from limbeck.experiments.runs import Result, Workspace
 from limbeck.models import language
 from limbeck.params import positive
 from limbeck.training import imitation, learner, resume, rollouts, supervised
@@ -52,7 +52,7 @@ class Bench:
     """What every cell works with."""
 
     section: Section
-    place: Place
+    place: Workspace
     data: Words
 
     def dtype(self, model: PreTrainedModel) -> torch.dtype:

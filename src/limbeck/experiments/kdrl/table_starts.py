@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from limbeck import models, seeding
 from limbeck.experiments.kdrl import chains
 from limbeck.experiments.kdrl.chains import Chains
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.models import language
 from limbeck.params import one_of, positive
 from limbeck.sampling import Tokens
@@ -85,7 +85,7 @@ def _drawn(section: Section, data: Chains, seed: int) -> PreTrainedModel:
     return model
 
 
-def run(cell: Cell, params: Section, place: Place) -> Generator[dict[str, float], None, Result]:
+def run(cell: Cell, params: Section, place: Workspace) -> Generator[dict[str, float], None, Result]:
     """Train one model on worked solutions, leave its weights, and score it."""
     at, data = params.names.index(cell.coordinates["arm"]), Chains(params)
     seed, begin = params.start_seeds[at], params.begins[at]

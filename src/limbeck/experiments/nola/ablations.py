@@ -18,7 +18,7 @@ from limbeck.adapters.quantisation import require_bits
 from limbeck.experiments.nola import ablations_variants as variants
 from limbeck.experiments.nola import adapting, text_bench
 from limbeck.experiments.nola.ablations_bench import Bench
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import one_of, positive
 from limbeck.training import resume
 
@@ -110,7 +110,7 @@ def _file(arm: str, seed: int) -> str:
     return f"{arm}-{seed}.safetensors"
 
 
-def run(cell: Cell, params: Params, place: Place) -> Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> Steps:
     """Train and measure one cell; yields once a step."""
     at, bench = cell.coordinates, Bench(params, place)
     if at["phase"] == text_bench.STATES:
@@ -130,7 +130,7 @@ def run(cell: Cell, params: Params, place: Place) -> Steps:
     return _result(bench, model, metrics | {"adapter/bytes": float(variants.size(model, None))}, curve)
 
 
-def _chosen(arm: str, place: Place) -> float:
+def _chosen(arm: str, place: Workspace) -> float:
     """The logarithm of the rate of the arm's method; of equals the smallest."""
     method = "lora_1" if arm.startswith("lora") else "nola"
     tried = [run for run in place.records if {"phase": "choice", "arm": method}.items() <= run["cell"].items()]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from limbeck import assets, models, seeding
 from limbeck.adapters import NolaConfig, attach_pranc
 from limbeck.evaluation import classifier
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.models import resnet
 from limbeck.params import one_of, positive
 from limbeck.tasks import images
@@ -150,7 +150,14 @@ def attach(section: Section, work: Work, arm: str, budget: int, *, seed: int) ->
 
 
 def fit(
-    section: Section, place: Place, model: nn.Module, train: Part, *, order: torch.Generator, steps: int, rate: float
+    section: Section,
+    place: Workspace,
+    model: nn.Module,
+    train: Part,
+    *,
+    order: torch.Generator,
+    steps: int,
+    rate: float,
 ) -> Generator[dict[str, float], None, supervised.Curve]:
     """Train what is trainable of a model, by `supervised.fit`, on batches in the drawn order."""
     rows = rollouts.batches(len(train.labels), size=section.batch_size, steps=steps, source=order)
@@ -164,7 +171,7 @@ def fit(
     return supervised.fit(models.trainable(model), loss, batches, learning_rate=rate, **options)
 
 
-def run(cell: Cell, section: Section, place: Place, work: Work) -> Steps:
+def run(cell: Cell, section: Section, place: Workspace, work: Work) -> Steps:
     """Train an arm at a rate and measure it; yields once a step."""
     at, train = cell.coordinates, work.data["train"]
     rate, seed = rate_of(cell, place.records), at["seed"]

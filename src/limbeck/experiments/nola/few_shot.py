@@ -18,7 +18,7 @@ from torch import Tensor
 from limbeck import assets, models, seeding
 from limbeck.experiments.nola import vision_first, vision_section
 from limbeck.experiments.nola.vision_section import NEAREST, Panel, Section, Shots
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.models import vision
 from limbeck.training import supervised
 
@@ -56,7 +56,7 @@ def cells(params: Section, seeds: Sequence[int]) -> list[Cell]:
     return sorted(found, key=lambda cell: cell.turn)
 
 
-def run(cell: Cell, params: Section, place: Place) -> Steps:
+def run(cell: Cell, params: Section, place: Workspace) -> Steps:
     """Train and score one cell; yields once a step."""
     at: dict[str, Any] = cell.coordinates
     if at["phase"] == "first":
@@ -79,7 +79,7 @@ def run(cell: Cell, params: Section, place: Place) -> Steps:
     return Result(metrics, curve, count, str(bench.dtype).removeprefix("torch."))
 
 
-def _chosen(at: dict[str, Any], place: Place) -> float:
+def _chosen(at: dict[str, Any], place: Workspace) -> float:
     """The rate of the highest validation accuracy, averaged over subsets; of equals the one of the lower loss."""
     wanted = {name: at[name] for name in ("model", "target", "shots", "arm")} | {"phase": "select"}
     found: dict[float, list[tuple[float, float]]] = {}
@@ -93,7 +93,7 @@ def _chosen(at: dict[str, Any], place: Place) -> float:
 class Bench:
     """A model before adaptation, and how it is taught and scored on one run's images."""
 
-    def __init__(self, section: Section, panel: Panel, shots: Shots, place: Place, seed: int) -> None:
+    def __init__(self, section: Section, panel: Panel, shots: Shots, place: Workspace, seed: int) -> None:
         self.section, self.panel, self.shots, self.seed = section, panel, shots, seed
         self.side, self.device = section.side_of(panel.model), place.device
         self.model = vision.load(panel.model, classes=shots.images.classes, seed=seed).to(place.device)

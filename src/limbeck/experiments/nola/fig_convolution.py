@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from limbeck.experiments.nola import budgets
-from limbeck.experiments.runs import Cell, Place
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.models import resnet
 from limbeck.params import positive
 
@@ -44,6 +44,6 @@ def work(params: Params, seed: int) -> budgets.Work:
     return budgets.Work(model.train(), data, targets, lambda name: "norm" in name or name.startswith("head"))
 
 
-def run(cell: Cell, params: Params, place: Place) -> budgets.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> budgets.Steps:
     """Train and score one cell; yields once a step."""
     return (yield from budgets.run(cell, params, place, work(params, cell.coordinates["seed"])))

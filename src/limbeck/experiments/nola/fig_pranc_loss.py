@@ -15,7 +15,7 @@ from torch import nn
 
 from limbeck import seeding
 from limbeck.experiments.nola import budgets
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import positive
 from limbeck.training import resume
 
@@ -65,7 +65,7 @@ def perceptron(inputs: int, width: int, classes: int, seed: int) -> nn.Sequentia
     return model
 
 
-def run(cell: Cell, params: Params, place: Place) -> budgets.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> budgets.Steps:
     """Train and score one cell; yields once a step."""
     at, base = cell.coordinates, cell.coordinates["phase"] == "base"
     data = budgets.parts(params, BEFORE if base else AFTER)
@@ -78,7 +78,7 @@ def run(cell: Cell, params: Params, place: Place) -> budgets.Steps:
 
 
 def _pretrain(
-    params: Params, model: nn.Module, data: dict[str, budgets.Part], place: Place, seed: int
+    params: Params, model: nn.Module, data: dict[str, budgets.Part], place: Workspace, seed: int
 ) -> budgets.Steps:
     """Train the whole network and leave its hidden layers."""
     model, order = model.to(place.device), seeding.generator(seed, "base order")

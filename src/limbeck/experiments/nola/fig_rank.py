@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 
 from limbeck.adapters import reach
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import positive
 
 
@@ -54,7 +54,7 @@ def expected(arm: str, *, d: int, rank: int, budget: int) -> tuple[int, int]:
     return min((budget // 2) ** 2, d * d), min(budget - 1, manifold)
 
 
-def run(cell: Cell, params: Params, _place: Place) -> Generator[dict[str, float], None, Result]:
+def run(cell: Cell, params: Params, _place: Workspace) -> Generator[dict[str, float], None, Result]:
     """Every draw of the bases; yields once a draw."""
     at = cell.coordinates
     span, jacobian = expected(at["arm"], d=params.d, rank=at["rank"], budget=at["budget"])

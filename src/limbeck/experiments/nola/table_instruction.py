@@ -13,7 +13,7 @@ from limbeck import assets
 from limbeck.experiments.nola import adapting, instruction_bench, text_bench
 from limbeck.experiments.nola.instruction_adapting import ARMS
 from limbeck.experiments.nola.instruction_bench import Bench
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import one_of
 
 _UNTRAINED = "none"
@@ -58,7 +58,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return found
 
 
-def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, float], None, Result]:
+def run(cell: Cell, params: Params, place: Workspace) -> Generator[dict[str, float], None, Result]:
     """Run one cell; yields once a step."""
     bench, at = Bench(params, place), cell.coordinates
     if at["phase"] == text_bench.STATES:
@@ -82,11 +82,11 @@ def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, float],
     return Result(metrics, curve, adapting.count(model), str(bench.dtype(model)).removeprefix("torch."))
 
 
-def chosen(arm: str, place: Place) -> float:
+def chosen(arm: str, place: Workspace) -> float:
     """The learning rate with the smallest validation loss; of equals the smallest."""
     best = min(_selection(arm, place), key=lambda r: (r["metrics"]["validation/loss"], r["cell"]["learning_rate"]))
     return best["cell"]["learning_rate"]
 
 
-def _selection(arm: str, place: Place) -> list[dict[str, Any]]:
+def _selection(arm: str, place: Workspace) -> list[dict[str, Any]]:
     return [r for r in place.records if r["cell"]["phase"] == "selection" and r["cell"]["arm"] == arm]

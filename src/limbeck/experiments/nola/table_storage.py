@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from limbeck.adapters import NolaConfig
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import one_of, positive
 
 FLOAT = 32  # bits of a coefficient that is not quantised
@@ -98,7 +98,7 @@ def cells(params: Params, _: Sequence[int]) -> list[Cell]:
     return sorted(found, key=lambda cell: cell.turn)
 
 
-def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, int], None, Result]:
+def run(cell: Cell, params: Params, place: Workspace) -> Generator[dict[str, int], None, Result]:
     """Attach, save, measure the files."""
     yield {"step": 0, "steps": 1}
     at = cell.coordinates

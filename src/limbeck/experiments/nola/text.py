@@ -15,7 +15,7 @@ from limbeck import assets
 from limbeck.experiments.nola import adapting, text_bench, text_model
 from limbeck.experiments.nola.adapting import Model
 from limbeck.experiments.nola.text_bench import Bench
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import one_of, positive
 
 Steps = Generator[dict[str, float], None, Result]
@@ -77,7 +77,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return sorted(found, key=lambda cell: cell.turn)
 
 
-def run(cell: Cell, params: Params, place: Place) -> Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> Steps:
     """Train and score one cell; yields once a step."""
     at, bench = cell.coordinates, Bench(params, place)
     if at["phase"] == text_bench.STATES:
@@ -118,7 +118,7 @@ def _size(model: Model) -> dict[str, float]:
     return {"storage/parameters": float(parameters), "storage/bytes": float(taken)}
 
 
-def _chosen(arm: str, place: Place) -> float:
+def _chosen(arm: str, place: Workspace) -> float:
     """The rate of an arm's selection run with the lowest validation loss; of equals the smallest."""
     wanted = {"phase": "selection", "arm": arm}
     tried = [record for record in place.records if wanted.items() <= record["cell"].items()]

@@ -19,7 +19,7 @@ from limbeck.evaluation import text_overlap
 from limbeck.experiments.nola import adapting, text_model
 from limbeck.experiments.nola.adapting import Model
 from limbeck.experiments.nola.text_model import Pair, Texts
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.models import language
 from limbeck.params import positive
 from limbeck.sampling import Tokens
@@ -118,7 +118,7 @@ class Bench:
     """What every cell works with."""
 
     section: Section
-    place: Place
+    place: Workspace
 
     @functools.cached_property
     def data(self) -> Data:

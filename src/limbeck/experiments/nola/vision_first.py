@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from limbeck import models, seeding
 from limbeck.experiments.nola import vision_section
 from limbeck.experiments.nola.vision_section import Section
-from limbeck.experiments.runs import Place, Result
+from limbeck.experiments.runs import Result, Workspace
 from limbeck.models import vision
 from limbeck.tasks import images
 from limbeck.training import resume, supervised
@@ -50,7 +50,7 @@ def _batches(among: Tensor, section: Section) -> list[Int[Tensor, "batch 3"]]:
     return list(torch.cat([torch.cat(rows)[:needed, None], shifts], 1).split(section.first_batch))
 
 
-def train(name: str, section: Section, place: Place) -> Generator[dict[str, float], None, Result]:
+def train(name: str, section: Section, place: Workspace) -> Generator[dict[str, float], None, Result]:
     """Train a shape's model on the first classes, leave its weights, and score it on images that it never saw."""
     found = vision_section.data(section.first_data, vision.SIDE, section.first_classes)
     source = seeding.generator(section.data_seed, "first")

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from limbeck import assets
-from limbeck.experiments.runs import Cell, Place
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.experiments.sinkd import distill, encoder, terms
 from limbeck.experiments.sinkd.terms import ASSISTED
 from limbeck.training import resume
@@ -96,7 +96,7 @@ def _of_task(params: Params, task: str, inputs: dict[str, Any], seeds: Sequence[
     return found
 
 
-def run(cell: Cell, params: Params, place: Place) -> distill.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
     """Train and score one cell; yields once a step."""
     at, task = cell.coordinates, cell.inputs["task"]
     if at["phase"] == "teacher":

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from limbeck import models
 from limbeck.evaluation import classifier
 from limbeck.evaluation.classifier import Outputs
-from limbeck.experiments.runs import Place, Result
+from limbeck.experiments.runs import Result, Workspace
 from limbeck.experiments.sinkd import encoder, terms
 from limbeck.experiments.sinkd.encoder import Section, Splits
 from limbeck.experiments.sinkd.section import SPLITS
@@ -33,7 +33,7 @@ class Run:
     data: Splits
     task: str
     section: Section
-    place: Place
+    place: Workspace
     dtype: torch.dtype
     batches: list[Tensor]
 
@@ -89,7 +89,9 @@ class Run:
         return Result(metrics, curve, count, str(self.dtype).removeprefix("torch."))
 
 
-def start(section: Section, task: str, place: Place, *, seed: int, student: str = "", texts: int | None = None) -> Run:
+def start(
+    section: Section, task: str, place: Workspace, *, seed: int, student: str = "", texts: int | None = None
+) -> Run:
     """A model at its start: the teacher, or a student by its name, on the first `texts` training rows (or all)."""
     data, names = encoder.splits(section, task)
     model = encoder.pretrained(section, len(names), seed, student).to(place.device)
@@ -110,7 +112,7 @@ def outputs_file(task: str) -> str:
     return f"{encoder.spelled(task)}_teacher.safetensors"
 
 
-def train_teacher(section: Section, task: str, place: Place) -> Steps:
+def train_teacher(section: Section, task: str, place: Workspace) -> Steps:
     """Fine-tune the whole encoder but its embeddings; leave its logits and, of the training split, its states."""
     run = start(section, task, place, seed=section.teacher_seed)
 
@@ -168,6 +170,6 @@ def matched(run: Run, name: str, outputs: dict[str, Tensor]) -> float:
     return terms.matched_weight(run.parameters, pair, run.batches[: run.section.matching_batches])
 
 
-def load_outputs(place: Place, file: str) -> dict[str, Tensor]:
+def load_outputs(place: Workspace, file: str) -> dict[str, Tensor]:
     """What an earlier cell left under a name: its teacher's outputs, or an assistant's."""
     return load_file(place.checkpoints / file)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.experiments.sinkd import line
 from limbeck.params import one_of, positive
 
@@ -47,7 +47,7 @@ def cells(params: Params, _seeds: Sequence[int]) -> list[Cell]:
     ]
 
 
-def run(cell: Cell, params: Params, _place: Place) -> Generator[dict[str, float], None, Result]:
+def run(cell: Cell, params: Params, _place: Workspace) -> Generator[dict[str, float], None, Result]:
     """Value and gradient at every shift, in float64; one step."""
     grid = line.grid(params.bins, torch.float64)
     shift = torch.linspace(0, params.farthest, params.shifts, dtype=torch.float64, requires_grad=True)

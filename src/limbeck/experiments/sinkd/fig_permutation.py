@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from limbeck import assets
-from limbeck.experiments.runs import Cell, Place
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.experiments.sinkd import distill, encoder, terms
 from limbeck.params import one_of
 
@@ -47,7 +47,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return found
 
 
-def run(cell: Cell, params: Params, place: Place) -> distill.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
     """Train and score one cell; yields once a step."""
     at = cell.coordinates
     if at["arm"] == "teacher":

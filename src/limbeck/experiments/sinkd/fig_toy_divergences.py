@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck import seeding
-from limbeck.experiments.runs import Cell, Place, Result
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.experiments.sinkd import line
 from limbeck.params import one_of, positive
 from limbeck.training import supervised
@@ -63,7 +63,7 @@ def cells(params: Params, _seeds: Sequence[int]) -> list[Cell]:
     ]
 
 
-def run(cell: Cell, params: Params, place: Place) -> Generator[dict[str, float], None, Result]:
+def run(cell: Cell, params: Params, place: Workspace) -> Generator[dict[str, float], None, Result]:
     """Fit the student from every start; yields once a step."""
     where = cell.coordinates
     grid = line.grid(params.bins)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from limbeck import assets, seeding
-from limbeck.experiments.runs import Cell, Place
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.experiments.sinkd import distill, encoder
 from limbeck.losses import transport
 
@@ -40,7 +40,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return [teacher, *(Cell({"phase": "plan", "seed": seed}, inputs, turn=1) for seed in seeds)]
 
 
-def run(cell: Cell, params: Params, place: Place) -> distill.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
     """Train one model, then compare its batch with the teacher's; yields once a step."""
     seed = cell.coordinates["seed"]
     if cell.coordinates["phase"] == "teacher":

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from limbeck import models
 from limbeck.evaluation import answers
 from limbeck.evaluation.answers import Question
-from limbeck.experiments.runs import Place, Result
+from limbeck.experiments.runs import Result, Workspace
 from limbeck.experiments.sinkd import terms
 from limbeck.experiments.sinkd.generation_cells import FORMS, TEACHER, Section, weights
 from limbeck.experiments.sinkd.section import SPLITS
@@ -52,7 +52,7 @@ class Run:
     model: PreTrainedModel
     data: Splits
     section: Section
-    place: Place
+    place: Workspace
 
     def __post_init__(self) -> None:
         """Move the model to the device and settle the dtype of its matrix products."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck import assets
-from limbeck.experiments.runs import Cell, Place
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.experiments.sinkd import distill, encoder, terms
 from limbeck.params import one_of, positive
 
@@ -70,7 +70,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return found
 
 
-def run(cell: Cell, params: Params, place: Place) -> distill.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
     """Train and score one setting; yields once a step."""
     at: dict[str, Any] = cell.coordinates
     if at["axis"] == "teacher":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck.experiments.runs import Cell, Place
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.experiments.sinkd import generation, generation_cells
 from limbeck.models import language
 from limbeck.params import positive
@@ -32,7 +32,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return generation_cells.cells(params, seeds)
 
 
-def run(cell: Cell, params: Params, place: Place) -> generation.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> generation.Steps:
     """Train and score one cell; yields once a step."""
     tokenizer, data = generation.prepare(params, ends=False)
     if cell.coordinates["phase"] == "teacher":

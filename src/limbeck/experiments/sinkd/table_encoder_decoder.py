@@ -6,7 +6,7 @@ All weights of both are trained. An answer ends in the end token, which is a pos
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from limbeck.experiments.runs import Cell, Place
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.experiments.sinkd import generation, generation_cells
 from limbeck.models import language
 
@@ -21,7 +21,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return generation_cells.cells(params, seeds)
 
 
-def run(cell: Cell, params: Params, place: Place) -> generation.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> generation.Steps:
     """Train and score one cell; yields once a step. An untrained model is drawn by the cell's seed."""
     tokenizer, data = generation.prepare(params, ends=True)
     teaching = cell.coordinates["phase"] == "teacher"
