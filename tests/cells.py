@@ -48,9 +48,11 @@ def run_all(module, params, folder, seeds=(0,)):
     """The records of every cell, each run with those of the turns before its own."""
     found = []
     for number, cell in enumerate(module.cells(params, seeds)):
-        earlier = [run for run in found if run["turn"] < cell.turn]
+        earlier = [run for run in found if run["wave"] < cell.wave]
         result = drive(module, params, cell, place(folder, str(number), earlier))
-        found.append({"cell": cell.coordinates, "turn": cell.turn, "leaves": cell.leaves} | vars(result))
+        found.append(
+            {"cell": cell.coordinates, "wave": cell.wave, "checkpoint_files": cell.checkpoint_files} | vars(result)
+        )
     return found
 
 

@@ -26,7 +26,7 @@ def experiment(tmp_path, monkeypatch):
         inputs = {"rate": section.rate}
         return [
             Cell({"arm": "teacher"}, inputs, ("weights",)),
-            *(Cell({"arm": "a", "seed": s}, inputs, turn=1) for s in seeds),
+            *(Cell({"arm": "a", "seed": s}, inputs, wave=1) for s in seeds),
         ]
 
     def run(cell, section, place):
@@ -37,7 +37,7 @@ def experiment(tmp_path, monkeypatch):
                 place.state.write_text("half")
                 raise KeyboardInterrupt
             yield {"step": step + 1, "steps": 2}
-        for leaf in cell.leaves:
+        for leaf in cell.checkpoint_files:
             place.checkpoints.mkdir(parents=True, exist_ok=True)
             (place.checkpoints / leaf).write_text("weights")
         return Result({"eval/value": section.rate * (1 + len(place.records))}, {"loss/total": [1.0]}, 3)

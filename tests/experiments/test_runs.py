@@ -3,13 +3,14 @@ import dataclasses
 import pytest
 import torch
 
+from limbeck.experiments import runs
 from limbeck.experiments.runs import Cell, Result, Workspace, execute
 
 TEACHER, FIRST, SECOND, LAST = CELLS = [
     Cell({"arm": "teacher"}, {}),
-    Cell({"arm": "a", "seed": 0}, {}, turn=1),
-    Cell({"arm": "a", "seed": 1}, {}, turn=1),
-    Cell({"arm": "final"}, {}, turn=2),
+    Cell({"arm": "a", "seed": 0}, {}, wave=1),
+    Cell({"arm": "a", "seed": 1}, {}, wave=1),
+    Cell({"arm": "final"}, {}, wave=2),
 ]
 
 
@@ -65,3 +66,42 @@ def test_a_run_has_the_threads_that_are_asked_for(place, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     run(TEACHER, place, threads=3)
     assert asked == [3]
+
+
+def tried(rate, seed, accuracy, loss, arm="a"):
+    cell = {"arm": arm, "rate": rate, "seed": seed}
+    return {"cell": cell, "metrics": {"validation/accuracy": accuracy, "validation/loss": loss}}
+
+
+METRICS = ("validation/accuracy", "validation/loss")
+
+
+def best(records, metrics=METRICS, highest=(True, False)):
+    return runs.best(records, {"arm": "a"}, "rate", metrics, highest=highest)
+
+
+def test_the_best_of_a_grid_is_that_of_the_highest_mean_over_what_else_varies():
+    grid = [tried(0.1, 0, 0.9, 1.0), tried(0.1, 1, 0.1, 1.0), tried(0.2, 0, 0.6, 9.0), tried(0.2, 1, 0.5, 9.0)]
+    assert best([*grid, tried(0.3, 0, 1.0, 0.0, arm="b")]) == 0.2
+    assert best(grid, METRICS[1:], (False,)) == 0.1
+
+
+def test_of_equals_the_next_metric_decides_and_then_the_smallest_value():
+    grid = [tried(0.4, 0, 0.5, 2.0), tried(0.3, 0, 0.5, 1.0), tried(0.2, 0, 0.5, 1.0), tried(0.1, 0, 0.4, 0.0)]
+    assert best(grid) == best(grid[::-1]) == 0.2
+    assert best(grid, METRICS[:1], (True,)) == 0.2
+
+
+def test_a_choice_from_nothing_is_refused_and_says_what_was_looked_for():
+    with pytest.raises(ValueError, match=r"no record with \{'arm': 'a'\}, expected some to choose rate from"):
+        best([])
+
+
+def test_a_result_counts_the_weights_and_spells_the_dtype():
+    made = runs.result({"eval/x": 1.0}, weights={"a": torch.zeros(2, 3), "b": torch.zeros(4)}, dtype=torch.bfloat16)
+    assert made == runs.Result({"eval/x": 1.0}, {}, 10, "bfloat16")
+    assert runs.result({"eval/x": 1.0}) == runs.Result({"eval/x": 1.0})
+
+
+def test_a_spelled_name_is_one_that_a_coordinate_may_hold():
+    assert runs.spelled("org/model:v1.5_x-y") == "org-model-v1.5_x-y"

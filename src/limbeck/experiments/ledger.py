@@ -100,18 +100,18 @@ class Ledger:
             return trusted and self.path(cell).is_file() and self.record(cell)["hash"] == self.hash(cell)
 
         found = [cell for cell in self.cells if not stands(cell)]
-        lost = [c for c in self.cells if not all((self.checkpoints / name).is_file() for name in c.leaves)]
+        lost = [c for c in self.cells if not all((self.checkpoints / name).is_file() for name in c.checkpoint_files)]
         return [cell for cell in self.cells if cell in found or (found and cell in lost)]
 
     def work(self, parent: int | None = None) -> None:
-        """Run stale cells until none is left; one whose turn has not come, or that another process runs, can wait.
+        """Run stale cells until none is left; one whose wave has not come, or that another process runs, can wait.
 
         A process that helps another stops, at the next step, when its `parent` is gone.
         """
         self.parent = parent
         while stale := self.stale():
             for cell in stale:
-                if cell.turn == min(other.turn for other in stale) and self._claim_and_run(cell):
+                if cell.wave == min(other.wave for other in stale) and self._claim_and_run(cell):
                     break
             else:
                 time.sleep(_WAIT)
@@ -122,7 +122,7 @@ class Ledger:
             if not mine or cell not in self.stale():
                 return False
             state = self.resume / self.hash(cell) / "state.safetensors"
-            earlier = [self.record(other) for other in self.cells if other.turn < cell.turn]
+            earlier = [self.record(other) for other in self.cells if other.wave < cell.wave]
             place = Workspace(self.checkpoints, state, earlier, self.device, self.settings.precision)
             self._settle(cell, self._run(cell, place))
             shutil.rmtree(state.parent, ignore_errors=True)

@@ -294,7 +294,7 @@ def test_start_and_teacher_are_the_models_as_they_were_left(section, ran, begun,
 
 def test_the_choice_comes_first_and_kd_then_rl_last_and_an_arm_with_its_weight_waits_for_no_choice(section):
     found = table_main.cells(section, (0, 1))
-    turns = [(cell.coordinates["phase"], cell.coordinates["arm"] == "kd_then_rl", cell.turn) for cell in found]
+    turns = [(cell.coordinates["phase"], cell.coordinates["arm"] == "kd_then_rl", cell.wave) for cell in found]
     assert set(turns) == {("selection", False, 0), ("final", False, 1), ("final", True, 2)}
     assert [turn for *_, turn in turns] == sorted(turn for *_, turn in turns)
     written = ("grpo", "kdrl 0.3", "kdrl 1.0", "k3 2e-3 from base by teacher")
@@ -335,7 +335,7 @@ def committed():
 @pytest.mark.parametrize(("name", "profile"), [case for case in committed() if case[0] != "comparisons"])
 def test_every_committed_comparison_has_cells_that_come_after_all_that_they_read(name, profile):
     loaded = params.load("kdrl", name, profile, comparison.Params)
-    turns = {tuple(cell.coordinates.values()): cell.turn for cell in comparison.cells(loaded, (0, 1))}
+    turns = {tuple(cell.coordinates.values()): cell.wave for cell in comparison.cells(loaded, (0, 1))}
     selected = {key[:4] for key in turns if key[0] == "selection"}
     for phase, *pair, arm, seed in (key for key in turns if len(key) == 5):
         if arm in WEIGHED:
@@ -485,8 +485,8 @@ def test_a_model_comes_in_the_turn_after_the_one_that_it_begins_with(starts):
     changes = {"begins": ("nothing", "teacher", "base")}
     for section, turns in ((starts, [0, 0, 1]), (dataclasses.replace(starts, **changes), [0, 1, 2])):
         found = table_starts.cells(section, (5, 6))
-        assert [cell.turn for cell in found] == turns
-        assert [cell.leaves for cell in found] == [(f"{name}.safetensors",) for name in section.names]
+        assert [cell.wave for cell in found] == turns
+        assert [cell.checkpoint_files for cell in found] == [(f"{name}.safetensors",) for name in section.names]
         assert {cell.coordinates["seed"] for cell in found} == {0}
 
 

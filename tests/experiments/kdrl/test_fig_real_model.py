@@ -50,7 +50,7 @@ def cell_of(section, arm, phase="final"):
 def check(found, section):
     """What every run of the experiment must have."""
     final = {run["cell"]["arm"]: run for run in found if run["cell"]["phase"] == "final"}
-    assert list(final) == sorted(section.arms, key=lambda arm: final[arm]["turn"])
+    assert list(final) == sorted(section.arms, key=lambda arm: final[arm]["wave"])
     for arm, run in final.items():
         assert set(run["metrics"]) >= SCORES
         assert all(0 <= run["metrics"][f"test/{name}"] <= 1 for name in ("accuracy", "ended", "unjudged", "greedy"))
@@ -119,7 +119,7 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, tmp_path, phase, arm):
     assert cells.drive(fig_real_model, section, cell, where, kill_at=2) is None
     torch.rand(7)
     assert vars(cells.drive(fig_real_model, section, cell, where)).items() <= whole.items()
-    for file in cell.leaves:
+    for file in cell.checkpoint_files:
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
 
 
@@ -157,7 +157,7 @@ def test_cells_have_the_seeds_that_were_asked_for_and_an_added_seed_changes_none
     one, both = fig_real_model.cells(section, (5, 6)), fig_real_model.cells(two, (5, 6))
     assert {cell.coordinates["seed"] for cell in one[1:]} == {5}
     assert [cell for cell in both if cell.coordinates["seed"] != 6] == one
-    assert [cell.turn for cell in one] == [0] + [1] * len(section.arms)
+    assert [cell.wave for cell in one] == [0] + [1] * len(section.arms)
     with pytest.raises(ValueError, match=r"received the seeds \(5,\), expected at least 2"):
         fig_real_model.cells(two, (5,))
 

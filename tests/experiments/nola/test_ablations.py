@@ -385,7 +385,7 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, wanted, global_generators):
     found, folder, section = ran
     whole = cells.pick(found, seed=0, **wanted)
     (cell,) = [c for c in ablations.cells(section, (0, 1)) if c.coordinates == whole["cell"]]
-    where = cells.place(folder, f"cut-{wanted['arm']}", [run for run in found if run["turn"] < cell.turn])
+    where = cells.place(folder, f"cut-{wanted['arm']}", [run for run in found if run["wave"] < cell.wave])
     assert cells.drive(ablations, section, cell, where, kill_at=2) is None
     torch.rand(7)
     before = global_generators()

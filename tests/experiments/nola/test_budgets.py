@@ -100,8 +100,8 @@ def test_cells_come_in_two_turns_and_an_added_seed_changes_none(section):
     one, two = budgets.cells(section, (5,), first=1), budgets.cells(section, (5, 6), first=1)
     assert [cell for cell in two if cell.coordinates["seed"] != 6] == one
     tried, final = ([cell for cell in one if cell.coordinates["phase"] == phase] for phase in ("selection", "final"))
-    assert {cell.turn for cell in tried} == {1}
-    assert {cell.turn for cell in final} == {2}
+    assert {cell.wave for cell in tried} == {1}
+    assert {cell.wave for cell in final} == {2}
     assert len(tried) == 6 * len(section.rates)
     assert len(final) == 6
     more = dataclasses.replace(section, rates=(*section.rates, 0.5))

@@ -94,7 +94,7 @@ def test_shifting_moves_every_image_by_its_own_steps_and_lets_black_in():
 
 def test_the_first_training_sees_its_classes_but_the_held_out_part_and_leaves_all_but_the_head(section, folder, found):
     run = cells.pick(found, phase="first")
-    assert run["leaves"] == ("vit-1x32x14.safetensors",)
+    assert run["checkpoint_files"] == ("vit-1x32x14.safetensors",)
     images = vision_section.data("digits", 28, section.first_classes)
     seen = []
     real = vision.prepared
@@ -216,7 +216,7 @@ def test_a_run_that_was_left_goes_on_to_the_same_numbers(section, folder, found,
         for c in few_shot.cells(section, (0, 1))
         if c.coordinates["phase"] == "final" and c.coordinates["arm"] == "nola"
     )
-    where = cells.place(folder, "left", [run for run in found if run["turn"] < cell.turn])
+    where = cells.place(folder, "left", [run for run in found if run["wave"] < cell.wave])
     before = global_generators()
     assert cells.drive(few_shot, section, cell, where, kill_at=3) is None
     assert where.state.is_file()

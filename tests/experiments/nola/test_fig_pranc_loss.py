@@ -39,7 +39,7 @@ def test_the_smoke_section_runs_one_network_a_seed_and_every_arm_by_both_criteri
     bases = [run for run in found if run["cell"]["phase"] == "base"]
     assert [run["cell"]["seed"] for run in bases] == [section.selection_seed, 0]
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["base_0.safetensors", "base_100.safetensors"]
-    assert [run["turn"] for run in bases] == [0, 0]
+    assert [run["wave"] for run in bases] == [0, 0]
     final = [run for run in found if run["cell"]["phase"] == "final"]
     assert {run["cell"]["by"] for run in final} == {"train", "validation"}
     assert len(final) == 2 * 5
@@ -92,7 +92,7 @@ def test_the_hidden_layers_stay_frozen_under_every_arm(ran, section, monkeypatch
         "nola": "base_layer.weight",
         "pranc": "parametrizations.weight.original",
     }.items():
-        cell = next(c for c in fig_pranc_loss.cells(section, ()) if c.turn and c.coordinates["arm"] == arm)
+        cell = next(c for c in fig_pranc_loss.cells(section, ()) if c.wave and c.coordinates["arm"] == arm)
         where = dataclasses.replace(cells.place(tmp_path, arm), checkpoints=folder)
         cells.drive(fig_pranc_loss, section, cell, where)
         now = made[-1].state_dict()

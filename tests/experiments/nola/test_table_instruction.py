@@ -71,7 +71,7 @@ def test_the_smoke_section_runs_and_every_arm_has_every_score(ran, section):
 def test_the_rate_is_the_one_with_the_smallest_validation_loss_and_no_other_score_is_known_then(ran, section):
     found, _ = ran
     for arm in ("lora_1", "nola"):
-        tried = {r["cell"]["learning_rate"]: r["metrics"] for r in found if r["turn"] == 1 and r["cell"]["arm"] == arm}
+        tried = {r["cell"]["learning_rate"]: r["metrics"] for r in found if r["wave"] == 1 and r["cell"]["arm"] == arm}
         assert list(tried) == list(section.rates(arm))
         assert not any(SCORES & set(metrics) - {"validation/loss"} for metrics in tried.values())
         best = min(tried, key=lambda rate: tried[rate]["validation/loss"])
@@ -189,7 +189,7 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, section):
     found, folder = ran
     whole = cells.pick(found, phase="final", arm="nola", seed=1)
     (cell,) = [c for c in table_instruction.cells(section, (0, 1)) if c.coordinates == whole["cell"]]
-    where = cells.place(folder, "cut", [run for run in found if run["turn"] < 2])
+    where = cells.place(folder, "cut", [run for run in found if run["wave"] < 2])
     assert cells.drive(table_instruction, section, cell, where, kill_at=2) is None
     torch.rand(7)
     assert vars(cells.drive(table_instruction, section, cell, where)).items() <= whole.items()

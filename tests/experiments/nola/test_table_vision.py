@@ -30,7 +30,7 @@ def test_the_default_has_the_papers_rows_with_twelve_runs_each_and_three_rates_a
     assert {pair for pair in pairs if pair[1] < 100} == {(subset, seed) for subset in range(4) for seed in range(3)}
     tried = Counter(cell.coordinates["arm"] for cell in made if cell.coordinates["phase"] == "select")
     assert tried == dict.fromkeys(("linear", "full", "lora_4", "lora_1", "nola", "nola_half"), 6)
-    assert [cell.turn for cell in made] == sorted(cell.turn for cell in made)
+    assert [cell.wave for cell in made] == sorted(cell.wave for cell in made)
 
 
 def test_the_default_model_gives_nola_exactly_the_budget_of_lora_of_rank_1_and_half_of_it():

@@ -63,7 +63,9 @@ def cell_at(section, **coordinates):
 def test_the_whole_experiment_runs_and_every_score_is_a_share(section, ran):
     found, folder = ran
     assert len(found) == 2 * (1 + 4 * 2 + 1 + 5)
-    assert {file.name for file in folder.glob("*.safetensors")} == {leaf for run in found for leaf in run["leaves"]}
+    assert {file.name for file in folder.glob("*.safetensors")} == {
+        leaf for run in found for leaf in run["checkpoint_files"]
+    }
     for run in found:
         assert all(0 <= value <= 1 for name, value in run["metrics"].items() if name != "loss/weight")
         terms = {"ce"} if run["cell"]["arm"] in ("ce", "teacher") else set(run["cell"]["arm"].split("+"))
@@ -155,12 +157,12 @@ def test_takd_learns_from_the_assistants_logits_and_others_from_the_teachers(sec
 def test_a_cell_run_twice_is_the_same_to_the_bit_whatever_the_global_generators_hold(section, ran, tmp_path):
     found, folder = ran
     teacher, *_, final = table_encoder.cells(section, (SEED,))
-    earlier = [run for run in found if run["turn"] < final.turn]
+    earlier = [run for run in found if run["wave"] < final.wave]
     for cell, where in ((teacher, tmp_path), (final, folder)):
         torch.rand(11)
         again = cells.drive(table_encoder, section, cell, cells.place(where, "twice", earlier))
         assert vars(again).items() <= cells.pick(found, **cell.coordinates).items()
-    (file,) = teacher.leaves
+    (file,) = teacher.checkpoint_files
     assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
     other = dataclasses.replace(final, coordinates=final.coordinates | {"seed": SEED + 1})
     assert cells.drive(table_encoder, section, other, cells.place(folder, "other", earlier)).curve != again.curve
@@ -172,7 +174,7 @@ def watched(section, ran):
     found, folder = ran
     section = dataclasses.replace(section, watch=True)
     cell = cell_at(section, phase="final", arm="ce+kl+sinkhorn", task=names(section)[0])
-    earlier = [run for run in found if run["turn"] < cell.turn]
+    earlier = [run for run in found if run["wave"] < cell.wave]
     return section, cell, lambda name: cells.place(folder, name, earlier)
 
 
@@ -253,7 +255,7 @@ def test_a_seed_changes_no_other_cell_and_the_grid_and_the_tasks_only_what_was_c
     one, two = by_name(section), by_name(section, (0, 1))
     assert one == {name: two[name] for name in one}
     assert {cell.coordinates["seed"] for name, cell in two.items() if name not in one} == {1}
-    later = {name for name, cell in one.items() if cell.turn > 1}
+    later = {name for name, cell in one.items() if cell.wave > 1}
     for change in ({"multiples": (1.0, 30.0, 90.0)}, {"tasks": (*section.tasks, "vader_tweets")}):
         more = by_name(dataclasses.replace(section, **change))
         assert {name for name in one if more[name] != one[name]} == later
@@ -281,7 +283,7 @@ def test_every_cell_of_long_arms_and_of_assisted_ones_comes_after_all_that_it_re
 def comes_after_all_that_it_reads(section):
     found = by_name(section, (0, 1))
     turns = {
-        tuple(cell.coordinates.get(key) for key in ("phase", "task", "student", "arm")): cell.turn
+        tuple(cell.coordinates.get(key) for key in ("phase", "task", "student", "arm")): cell.wave
         for cell in found.values()
     }
     for (phase, task, student, arm), turn in turns.items():
@@ -303,7 +305,7 @@ def test_the_checksums_of_the_assets_are_part_of_what_a_cell_depends_on():
     behind = {"multiwoz_acts": "multiwoz_acts", "r52": "topics", "20ng": "topics", "vader_movie": "vader"}
     for cell in table_encoder.cells(section, (0,)):
         if asset := behind.get(cell.coordinates["task"]):
-            read = ("minilm", asset) if cell.turn < 2 else {"minilm", "vader", *behind.values()}
+            read = ("minilm", asset) if cell.wave < 2 else {"minilm", "vader", *behind.values()}
             assert set(cell.inputs["assets"]) == {manifest[name]["sha256"] for name in read}
 
 
@@ -338,7 +340,7 @@ def test_the_paper_profile_runs_on_data_with_glues_columns(task, tiny_bert, tmp_
     section = dataclasses.replace(committed, **small | names)
     found = cells.run_all(table_encoder, section, tmp_path)
     assert [run["cell"]["phase"] for run in found] == ["teacher", "selection", "selection", "final", "final", "final"]
-    outputs = distill.load_outputs(cells.place(tmp_path, "x"), found[0]["leaves"][0])
+    outputs = distill.load_outputs(cells.place(tmp_path, "x"), found[0]["checkpoint_files"][0])
     assert [len(outputs[split]) for split in ("train", "validation", "test")] == [32, 8, 16]
     right = [example.label == "1" for example in classification.splits(section.tasks[0], (-1, 8, -1), seed=0)[2]]
     said = outputs["test"].argmax(-1).bool().tolist()

@@ -157,7 +157,7 @@ def test_a_teacher_leaves_its_logits_of_every_split_and_its_states_of_the_traini
     place = cells.place(tmp_path, "run")
     teacher, *_ = fig_permutation.cells(section, (0,))
     result = cells.drive(fig_permutation, section, teacher, place)
-    (file,) = teacher.leaves
+    (file,) = teacher.checkpoint_files
     found = distill.load_outputs(place, file)
     data, _ = encoder.splits(section, section.task)
     for split in SPLITS:

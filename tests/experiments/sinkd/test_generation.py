@@ -52,7 +52,7 @@ def test_the_whole_experiment_runs_and_every_arm_takes_its_chosen_weights(table,
         assert weights == set(arm.split("+")[1:])
         assert run["metrics"].get("weight/kl", kl) == kl, "KL's weight is not held at its choice"
         assert set(run["curve"]) == {f"loss/{term}" for term in arm.split("+")} | {"optimiser/gradient_norm"}
-    first = [(run["curve"]["loss/kl"][0], run["metrics"]["weight/kl"]) for run in found if run["turn"] == 1]
+    first = [(run["curve"]["loss/kl"][0], run["metrics"]["weight/kl"]) for run in found if run["wave"] == 1]
     assert len({weight for _, weight in first}) == len(section.multiples)
     assert [loss / weight for loss, weight in first] == pytest.approx([first[0][0] / first[0][1]] * len(first))
     losses = [tuple(run["curve"]["loss/ce"]) for run in final.values()]
@@ -85,9 +85,9 @@ def test_terms_are_selected_one_after_another_and_a_seed_changes_no_other_cell(t
     assert one == {name: two[name] for name in one}
     turns = {0: {"teacher"}, 1: {"ce+kl"}, 2: set(section.arms) - {"ce", "ce+kl"}, 3: set(section.arms)}
     for turn, arms in turns.items():
-        assert {cell.coordinates["arm"] for cell in one.values() if cell.turn == turn} == arms
+        assert {cell.coordinates["arm"] for cell in one.values() if cell.wave == turn} == arms
     wider = cells(dataclasses.replace(section, multiples=(*section.multiples, 9.0)), (0,))
-    assert {name for name in one if wider[name] != one[name]} == {n for n, cell in one.items() if cell.turn > 1}
+    assert {name for name in one if wider[name] != one[name]} == {n for n, cell in one.items() if cell.wave > 1}
 
 
 @pytest.mark.parametrize(

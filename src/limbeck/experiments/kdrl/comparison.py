@@ -80,8 +80,8 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
         for line in params.lines:
             weighed = {} if line.kd_coef is None else {"kd_coef": line.kd_coef}
             at = {"phase": "final", **line.pair, "arm": line.method, **weighed, "seed": seed}
-            found.append(Cell(at, inputs, turn=2 if line.method == "kd_then_rl" else 1))
-    return sorted(found, key=lambda cell: cell.turn)
+            found.append(Cell(at, inputs, wave=2 if line.method == "kd_then_rl" else 1))
+    return sorted(found, key=lambda cell: cell.wave)
 
 
 def _chooser(method: str) -> str:

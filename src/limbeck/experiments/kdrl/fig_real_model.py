@@ -58,8 +58,8 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
         found.append(Cell({"phase": "teacher", "arm": TEACHER, "seed": 0}, inputs, (imitation.file_of(TEACHER),)))
     for seed in seeds[: params.replicates]:
         for arm in params.arms:
-            found.append(Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, turn=1 + _switches(arm)))
-    return sorted(found, key=lambda cell: cell.turn)
+            found.append(Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, wave=1 + _switches(arm)))
+    return sorted(found, key=lambda cell: cell.wave)
 
 
 def run(cell: Cell, params: Params, place: Workspace) -> Steps:

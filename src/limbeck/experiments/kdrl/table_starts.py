@@ -101,7 +101,7 @@ def run(cell: Cell, params: Section, place: Workspace) -> Generator[dict[str, fl
     options = {"clip_norm": params.start_clip_norm, "state": place.state, "save_every": params.start_save_every}
     curve = yield from supervised.fit(parameters, loss, batches, learning_rate=params.rates[at], **options)
     metrics = data.test_scores(model, seed=0, dtype=dtype)
-    resume.write_tensors(place.checkpoints / cell.leaves[0], dict(parameters))
+    resume.write_tensors(place.checkpoints / cell.checkpoint_files[0], dict(parameters))
     count = sum(parameter.numel() for parameter in parameters.values())
     return Result(metrics, curve, count, str(dtype).removeprefix("torch."))
 

@@ -88,22 +88,22 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
         raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
     inputs = {name: value for name, value in asdict(params).items() if name not in _WHICH}
     inputs["assets"] = assets.checksums(params.model, params.data)
-    found = [*text_bench.state_cells(params, inputs), Cell({"phase": "before", "arm": "none"}, inputs, turn=1)]
+    found = [*text_bench.state_cells(params, inputs), Cell({"phase": "before", "arm": "none"}, inputs, wave=1)]
     runs = [("choice", params.selection_seed, _centre(params))]
     runs += [("sweep", seed, _swept(params)) for seed in seeds[: params.replicates]]
     for phase, seed, points in runs:
         for point in points:
             at = {"phase": phase, **point, "seed": seed}
-            found += [Cell(at | {"log2_rate": rate}, inputs, turn=1) for rate in params.log2_rates]
+            found += [Cell(at | {"log2_rate": rate}, inputs, wave=1) for rate in params.log2_rates]
     for seed in seeds[: params.replicates]:
         for point in _points(params):
             left = (_file(point["arm"], seed),) if point in _centre(params) else ()
-            found.append(Cell({"phase": "final", **point, "seed": seed}, inputs, left, turn=2))
+            found.append(Cell({"phase": "final", **point, "seed": seed}, inputs, left, wave=2))
         for point in _centre(params):
             at = {"phase": "bits", "arm": point["arm"], "seed": seed}
             pairs = [(mode, bits) for mode in MODES for bits in params.bits]
-            found += [Cell(at | {"mode": mode, "bits": bits}, inputs, turn=3) for mode, bits in pairs]
-    return sorted(found, key=lambda cell: cell.turn)
+            found += [Cell(at | {"mode": mode, "bits": bits}, inputs, wave=3) for mode, bits in pairs]
+    return sorted(found, key=lambda cell: cell.wave)
 
 
 def _file(arm: str, seed: int) -> str:
@@ -124,8 +124,8 @@ def run(cell: Cell, params: Params, place: Workspace) -> Steps:
     model = _attached(at, params, bench)
     rate = at["log2_rate"] if "log2_rate" in at else _chosen(at["arm"], place)
     curve = yield from _train(model, at, params, bench, rate)
-    if cell.leaves:
-        resume.write_tensors(place.checkpoints / cell.leaves[0], dict(models.trainable(model)))
+    if cell.checkpoint_files:
+        resume.write_tensors(place.checkpoints / cell.checkpoint_files[0], dict(models.trainable(model)))
     metrics = {"validation/loss": bench.validation_loss(model), "rate/log2": float(rate)}
     return _result(bench, model, metrics | {"adapter/bytes": float(variants.size(model, None))}, curve)
 

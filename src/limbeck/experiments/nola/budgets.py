@@ -92,13 +92,13 @@ def cells(section: Section, seeds: Sequence[int], *, first: int) -> list[Cell]:
         {"arm": arm, "budget": budget} for arm in section.arms for budget in (section.budgets if arm in SIZED else (0,))
     ]
     tried = [
-        Cell({"phase": "selection", **at, "rate": rate, "seed": section.selection_seed}, inputs, turn=first)
+        Cell({"phase": "selection", **at, "rate": rate, "seed": section.selection_seed}, inputs, wave=first)
         for at in places
         for rate in section.rates
     ]
     chosen = inputs | {"rates": section.rates}
     return tried + [
-        Cell({"phase": "final", **at, "by": by, "seed": seed}, chosen, turn=first + 1)
+        Cell({"phase": "final", **at, "by": by, "seed": seed}, chosen, wave=first + 1)
         for seed in seeds
         for at in places
         for by in section.criteria

@@ -49,11 +49,11 @@ def cells(params: Section, seeds: Sequence[int]) -> list[Cell]:
             for rate in params.rates(arm) if arm != NEAREST else ():
                 for subset in range(params.selection_subsets):
                     chosen = {"phase": "select", **at, "rate": rate, "subset": subset, "seed": params.selection_seed}
-                    found.append(Cell(chosen, own, turn=1))
+                    found.append(Cell(chosen, own, wave=1))
             for subset in range(panel.subsets):
                 for seed in seeds[: params.initialisations]:
-                    found.append(Cell({"phase": "final", **at, "subset": subset, "seed": seed}, own, turn=2))
-    return sorted(found, key=lambda cell: cell.turn)
+                    found.append(Cell({"phase": "final", **at, "subset": subset, "seed": seed}, own, wave=2))
+    return sorted(found, key=lambda cell: cell.wave)
 
 
 def run(cell: Cell, params: Section, place: Workspace) -> Steps:

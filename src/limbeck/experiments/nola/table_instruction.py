@@ -52,9 +52,9 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     for arm in params.arms:
         for rate in params.rates(arm):
             at = {"phase": "selection", "arm": arm, "learning_rate": rate, "seed": params.selection_seed}
-            found.append(Cell(at, inputs, turn=1))
+            found.append(Cell(at, inputs, wave=1))
     for seed in seeds[: params.replicates]:
-        found += [Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, turn=2) for arm in params.arms]
+        found += [Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, wave=2) for arm in params.arms]
     return found
 
 

@@ -94,8 +94,8 @@ def _reference(at: dict[str, str | int]) -> dict[str, str | int]:
 def cells(params: Params, _: Sequence[int]) -> list[Cell]:
     """Every row, those of LoRA r = 1 first: the others are compared with them."""
     inputs = {name: value for name, value in asdict(params).items() if name != "rows"}
-    found = [Cell(at, inputs, turn=int(at["arm"] != _REFERENCE)) for at in map(_coordinates, params.rows)]
-    return sorted(found, key=lambda cell: cell.turn)
+    found = [Cell(at, inputs, wave=int(at["arm"] != _REFERENCE)) for at in map(_coordinates, params.rows)]
+    return sorted(found, key=lambda cell: cell.wave)
 
 
 def run(cell: Cell, params: Params, place: Workspace) -> Generator[dict[str, int], None, Result]:

@@ -68,13 +68,13 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     for arm in params.arms:
         for rate in params.rates(arm):
             at = {"phase": "selection", "arm": arm, "rate": rate, "seed": params.selection_seed}
-            found.append(Cell(at, inputs, turn=1))
+            found.append(Cell(at, inputs, wave=1))
     for seed in seeds[: params.replicates]:
         for arm in params.arms:
             at = {"phase": "final", "arm": arm, "seed": seed}
             again = arm == "none" and seed != seeds[0]
-            found.append(Cell(at, inputs | {"rates": params.rates(arm)}, turn=2 + again))
-    return sorted(found, key=lambda cell: cell.turn)
+            found.append(Cell(at, inputs | {"rates": params.rates(arm)}, wave=2 + again))
+    return sorted(found, key=lambda cell: cell.wave)
 
 
 def run(cell: Cell, params: Params, place: Workspace) -> Steps:

@@ -109,7 +109,7 @@ def write_states(cell: Cell, bench: "Bench") -> Generator[dict[str, float], None
     pairs = bench.all_pairs()[cell.coordinates["half"] :: _HALVES]
     yield {"step": 1, "steps": 1}
     found = text_model.states(bench.decoder(), pairs, bench.section.layers)
-    resume.write_tensors(bench.place.checkpoints / cell.leaves[0], {STATES: torch.cat(found)})
+    resume.write_tensors(bench.place.checkpoints / cell.checkpoint_files[0], {STATES: torch.cat(found)})
     return Result({"states/tokens": float(sum(map(len, found)))})
 
 

@@ -63,7 +63,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     for task in params.tasks:
         inputs = shared | {"task": task, "assets": assets.checksums(params.model, task)}
         found += _of_task(params, encoder.spelled(task), inputs, seeds)
-    return sorted(found, key=lambda cell: cell.turn)
+    return sorted(found, key=lambda cell: cell.wave)
 
 
 def _of_task(params: Params, task: str, inputs: dict[str, Any], seeds: Sequence[int]) -> list[Cell]:
@@ -81,12 +81,12 @@ def _of_task(params: Params, task: str, inputs: dict[str, Any], seeds: Sequence[
                 Cell(
                     {"phase": "selection", **place, "arm": arm, "multiple": m, "seed": params.selection_seed},
                     known,
-                    turn=turn,
+                    wave=turn,
                 )
                 for m in params.multiples
             ]
         found += [
-            Cell({"phase": "final", **place, "arm": arm, "seed": seed}, chosen_from, turn=2 * after)
+            Cell({"phase": "final", **place, "arm": arm, "seed": seed}, chosen_from, wave=2 * after)
             for seed in seeds
             for arm in params.arms
         ]

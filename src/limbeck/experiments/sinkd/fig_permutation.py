@@ -39,7 +39,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     teacher = {"arm": "teacher", "rows": "own", "seed": params.teacher_seed}
     found = [Cell(teacher, inputs, (distill.outputs_file(params.task),))]
     found += [
-        Cell({"arm": arm, "rows": rows, "seed": seed}, inputs, turn=1)
+        Cell({"arm": arm, "rows": rows, "seed": seed}, inputs, wave=1)
         for seed in seeds
         for arm in params.arms
         for rows in ROWS

@@ -37,7 +37,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     """The teacher, then a student and a batch by seed."""
     inputs = asdict(params) | {"assets": assets.checksums(params.model, params.task)}
     teacher = Cell({"phase": "teacher", "seed": params.teacher_seed}, inputs, (distill.outputs_file(params.task),))
-    return [teacher, *(Cell({"phase": "plan", "seed": seed}, inputs, turn=1) for seed in seeds)]
+    return [teacher, *(Cell({"phase": "plan", "seed": seed}, inputs, wave=1) for seed in seeds)]
 
 
 def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:

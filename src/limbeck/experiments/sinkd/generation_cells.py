@@ -56,7 +56,7 @@ def cells(section: Section, seeds: Sequence[int]) -> list[Cell]:
         Cell(
             {"phase": "selection", "arm": arm, "multiple": multiple, "seed": section.selection_seed},
             inputs if added == 1 else chosen_from,
-            turn=added,
+            wave=added,
         )
         for added in range(1, _TURNS)
         for arm in section.arms
@@ -64,7 +64,7 @@ def cells(section: Section, seeds: Sequence[int]) -> list[Cell]:
         for multiple in section.multiples
     ]
     final = [
-        Cell({"phase": "final", "arm": arm, "seed": seed}, chosen_from, turn=_TURNS)
+        Cell({"phase": "final", "arm": arm, "seed": seed}, chosen_from, wave=_TURNS)
         for seed in seeds
         for arm in section.arms
     ]

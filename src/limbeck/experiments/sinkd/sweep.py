@@ -59,10 +59,10 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     found = [Cell(teacher, inputs, (distill.outputs_file(params.task),))]
     for seed in seeds:
         for arm in params.arms:
-            found.append(Cell({"axis": CENTRE, "value": 0, "arm": arm, "seed": seed}, inputs, turn=1))
+            found.append(Cell({"axis": CENTRE, "value": 0, "arm": arm, "seed": seed}, inputs, wave=1))
             if set(terms.added(arm)) & set(terms.BATCH_WISE):
                 found += [
-                    Cell({"axis": axis, "value": value, "arm": arm, "seed": seed}, inputs, turn=1)
+                    Cell({"axis": axis, "value": value, "arm": arm, "seed": seed}, inputs, wave=1)
                     for axis in AXES
                     for value in getattr(params, f"{axis}_values")
                     if value != getattr(params, axis)
