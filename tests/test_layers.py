@@ -1,4 +1,4 @@
-"""Imports point one way, and results/*.json are the only bridge from experiments to exhibits."""
+"""Imports point one way, and results/ is the only bridge from experiments to exhibits."""
 
 import ast
 import graphlib

@@ -1,6 +1,7 @@
 import json
 import math
 
+import pandas as pd
 import pytest
 
 from limbeck import paths, records
@@ -28,11 +29,15 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def store(results, **changes):
-    run = record(**changes)
-    folder = results / run["profile"] / run["paper"] / run["experiment"]
-    records.write(folder / f"{records.cell_name(run['cell'])}.json", run)
-    return folder
+def store(*runs):
+    """Write the records of one experiment where it has its own; returns the file."""
+    file = records.path(runs[0]["paper"], runs[0]["experiment"], runs[0]["profile"])
+    records.write(file, runs)
+    return file
+
+
+def of_seeds(*seeds, **changes):
+    return [record(cell={"arm": "kl", "seed": seed}, **changes) for seed in seeds]
 
 
 def test_cell_name_keeps_the_order_of_the_coordinates():
@@ -46,31 +51,69 @@ def test_cell_name_keeps_the_sum_that_an_arm_may_be():
 @pytest.mark.parametrize(
     "cell", [{}, {"arm": "a/b"}, {"arm": "a,seed=1"}, {"arm": ""}, {"a b": 1}, {"arm": "é"}, {"x": math.nan, "y": None}]
 )
-def test_cell_name_refuses_what_a_file_name_cannot_hold(cell):
+def test_cell_name_refuses_what_it_cannot_tell_apart(cell):
     with pytest.raises(ValueError, match="coordinate"):
         records.cell_name(cell)
 
 
-def test_a_record_on_disk_is_sorted_indented_json_with_a_newline(tmp_path):
-    path = tmp_path / "deep" / "arm=kl,seed=0.json"
-    records.write(path, record())
-    text = path.read_text()
-    keys = [line.split('"')[1] for line in text.splitlines() if line.startswith(' "')]
-    assert keys == sorted(record())
-    assert text.startswith('{\n "cell": {\n  "arm": "kl"') and text.endswith("}\n")
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+def test_a_file_has_a_line_of_sorted_json_for_each_record_in_the_order_given(results):
+    file = store(*of_seeds(2, 0, 1))
+    text = file.read_text()
+    assert text.endswith("}\n")
+    lines = text.removesuffix("\n").split("\n")
+    assert [json.loads(line)["cell"]["seed"] for line in lines] == [2, 0, 1]
+    assert all(list(json.loads(line)) == sorted(record()) for line in lines)
+    assert all(json.dumps(json.loads(line), sort_keys=True) == line for line in lines)
+    assert list(results.rglob("*.*")) == [file]
 
 
-def test_a_written_record_is_read_back(tmp_path):
-    path = tmp_path / "a.json"
-    records.write(path, record())
-    assert records.read_one(path) == json.loads(json.dumps(record()))
+def test_the_coordinates_of_a_cell_keep_their_order_and_all_other_keys_are_sorted(results):
+    file = store(record(cell={"phase": "final", "arm": "kl"}, params={"b": {"d": 1, "c": 2}, "a": 3}))
+    assert file.read_text().startswith('{"cell": {"phase": "final", "arm": "kl"}, "curve": {"loss/kl": [1.5, 0.5]}, ')
+    assert '"params": {"a": 3, "b": {"c": 2, "d": 1}}, "profile"' in file.read_text()
+
+
+def test_a_changed_record_changes_one_line(results):
+    before = store(*of_seeds(0, 1, 2)).read_text().splitlines()
+    runs = of_seeds(0, 1, 2)
+    runs[1]["metrics"] = {"eval/accuracy": 0.5}
+    after = store(*runs).read_text().splitlines()
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
+
+
+def test_pandas_reads_a_file_by_lines(results):
+    frame = pd.read_json(store(*of_seeds(2, 0, 1)), lines=True)
+    assert sorted(frame.columns) == sorted(record())
+    assert [cell["seed"] for cell in frame.cell] == [2, 0, 1]
+    assert [metrics["eval/accuracy"] for metrics in frame.metrics] == [0.75] * 3
+
+
+def test_a_text_of_any_kind_stays_in_its_line(results):
+    strange = {"text": "a\nb\rc\u2028d\x85e\x0b é"}
+    store(record(params=strange))
+    (run,) = records.read("sinkd", "table_encoder", "default")
+    assert run["params"] == strange
+
+
+def test_written_records_are_read_back(results):
+    store(record())
+    assert records.read("sinkd", "table_encoder", "default") == [json.loads(json.dumps(record()))]
+
+
+def test_what_is_read_and_written_again_has_the_same_bytes(results):
+    numbers = {"rate": 1e-05, "third": 1 / 3, "zero": -0.0, "many": 10**20, "layers": (2, 4)}
+    file = store(*of_seeds(0, 1, params=numbers))
+    before = file.read_bytes()
+    records.write(file, list(records.read_by_cell(file).values()))
+    assert file.read_bytes() == before
 
 
 def test_the_order_of_keys_does_not_change_the_bytes(tmp_path):
-    records.write(tmp_path / "a.json", record())
-    records.write(tmp_path / "b.json", dict(reversed(record().items())))
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    records.write(tmp_path / "a.jsonl", [record()])
+    records.write(
+        tmp_path / "b.jsonl", [dict(reversed(record(params=dict(reversed(record()["params"].items()))).items()))]
+    )
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -100,67 +143,87 @@ def test_the_order_of_keys_does_not_change_the_bytes(tmp_path):
 )
 def test_an_invalid_record_is_refused_and_nothing_is_written(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        records.write(tmp_path / "folder" / "a.json", record(**changes))
+        records.write(tmp_path / "folder" / "a.jsonl", [record(), record(**changes)])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_invalid_record_leaves_the_old_one_alone(tmp_path):
-    path = tmp_path / "a.json"
-    records.write(path, record())
-    before = path.read_bytes()
+def test_an_invalid_record_leaves_the_old_ones_alone(results):
+    file = store(*of_seeds(0, 1))
+    before = file.read_bytes()
     with pytest.raises(ValueError, match="finite"):
-        records.write(path, record(metrics={"eval/accuracy": math.nan}))
-    assert path.read_bytes() == before
+        records.write(file, [*of_seeds(0, 1), record(metrics={"eval/accuracy": math.nan})])
+    assert file.read_bytes() == before
 
 
-def test_a_write_that_is_stopped_leaves_the_old_record_and_no_temporary_file(tmp_path, monkeypatch):
+def test_a_write_that_is_stopped_leaves_the_old_records_and_no_temporary_file(results, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    path = tmp_path / "a.json"
-    records.write(path, record())
-    before = path.read_bytes()
+    file = store(*of_seeds(0, 1))
+    before = file.read_bytes()
     monkeypatch.setattr("os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        records.write(path, record(dtype="bfloat16"))
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+        store(*of_seeds(0, 1, 2))
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
 
 
-def test_a_record_cut_in_half_names_its_file_and_the_remedy(tmp_path):
-    path = tmp_path / "arm=kl,seed=0.json"
-    records.write(path, record())
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"arm=kl,seed=0\.json.*delete it and run"):
-        records.read_one(path)
+@pytest.mark.parametrize(("kept", "line"), [(0.9, 3), (0.5, 2)])
+def test_a_file_that_was_cut_names_itself_the_line_and_the_remedy(results, kept, line):
+    file = store(*of_seeds(0, 1, 2))
+    text = file.read_text()
+    file.write_text(text[: int(len(text) * kept)])
+    with pytest.raises(ValueError, match=rf"table_encoder\.jsonl, line {line}: .*; delete it and run the experiment"):
+        records.read("sinkd", "table_encoder", "default")
 
 
-@pytest.mark.parametrize("text", ["", "3", "null", "[]", "{}", '{"paper": "sinkd"}', "\udcff"])
-def test_a_file_that_is_no_record_names_itself_and_the_remedy(tmp_path, text):
-    path = tmp_path / "odd.json"
-    path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=r"odd\.json.*delete it and run"):
-        records.read_one(path)
+@pytest.mark.parametrize("line", ["", "3", "null", "[]", "{}", '{"paper": "sinkd"}', "\udcff", '{"cell":', "\0\0\0\0"])
+def test_a_line_that_is_no_record_is_named_with_its_file(results, line):
+    file = store(*of_seeds(0, 1))
+    first, second = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([first, line.encode("utf-8", "surrogateescape"), second, b""]))
+    with pytest.raises(ValueError, match=r"table_encoder\.jsonl, line 2: .*; delete it and run"):
+        records.read("sinkd", "table_encoder", "default")
 
 
-def test_read_returns_the_records_of_one_experiment_by_name(results):
-    for seed in (2, 0, 1):
-        store(results, cell={"arm": "kl", "seed": seed})
-    store(results, experiment="other")
-    store(results, profile="smoke")
+def test_a_cell_that_has_two_lines_is_refused(results):
+    file = store(*of_seeds(0, 1))
+    with file.open("a") as lines:
+        lines.write(json.dumps(record(cell={"seed": 0, "arm": "kl"}, dtype="bfloat16")) + "\n")
+    with pytest.raises(ValueError, match=r"line 3: expected one line per cell, got seed=0,arm=kl again"):
+        records.read("sinkd", "table_encoder", "default")
+
+
+def test_read_returns_the_records_of_one_experiment_by_name_whatever_the_order_of_the_file(results):
+    store(*of_seeds(2, 0, 1))
+    store(*of_seeds(7, experiment="other"))
+    store(*of_seeds(8, profile="smoke"))
     runs = records.read("sinkd", "table_encoder", "default")
     assert [run["cell"]["seed"] for run in runs] == [0, 1, 2]
 
 
-def test_read_without_records_names_the_folder_and_the_command(results):
-    with pytest.raises(ValueError, match=r"default/sinkd/table_encoder.*make reproduce"):
+def test_read_goes_by_the_names_that_the_order_of_the_coordinates_gives(results):
+    cells = [{"phase": phase, "arm": arm} for phase, arm in (("final", "kl"), ("choice", "z"), ("final", "ce"))]
+    store(*(record(cell=cell) for cell in cells))
+    runs = records.read("sinkd", "table_encoder", "default")
+    assert [list(run["cell"].items()) for run in runs] == [
+        [("arm", "z"), ("phase", "choice")],
+        [("arm", "ce"), ("phase", "final")],
+        [("arm", "kl"), ("phase", "final")],
+    ]
+
+
+def test_read_without_records_names_the_file_and_the_command(results):
+    with pytest.raises(ValueError, match=r"default/sinkd/table_encoder\.jsonl, got none; `make reproduce`"):
         records.read("sinkd", "table_encoder", "default")
+    assert records.read_by_cell(records.path("sinkd", "table_encoder", "default")) == {}
 
 
-def test_read_refuses_a_record_copied_from_another_profile(results):
-    folder = store(results, profile="smoke")
-    folder.rename((results / "default" / "sinkd").mkdir(parents=True) or results / "default" / "sinkd" / folder.name)
-    with pytest.raises(ValueError, match="holds a record of smoke/sinkd/table_encoder"):
+@pytest.mark.parametrize("changes", [{"profile": "smoke"}, {"paper": "nola"}, {"experiment": "other"}])
+def test_read_refuses_a_line_copied_from_elsewhere(results, changes):
+    records.write(records.path("sinkd", "table_encoder", "default"), [record(), record(cell={"arm": "ce"}, **changes)])
+    expected = "line 2: expected a record of default/sinkd/table_encoder, got one of .*(smoke|nola|other)"
+    with pytest.raises(ValueError, match=expected):
         records.read("sinkd", "table_encoder", "default")
 
 
@@ -211,7 +274,7 @@ def test_frame_refuses_no_records():
         records.frame([])
 
 
-def test_an_exhibit_is_written_beside_the_folders_of_its_paper(results):
+def test_an_exhibit_is_written_beside_the_records_of_its_paper(results):
     path = records.write_exhibit(
         "sinkd", "table_encoder", "default", claims=[{"id": "a", "ours": None}], table=[{"arm": "kl", "n": 5}]
     )

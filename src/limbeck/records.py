@@ -1,7 +1,8 @@
-"""Records: what a run measured, one JSON file a cell; the only bridge from experiments to notebooks.
+"""Records: what runs measured, one file per experiment with one line per cell; the only bridge to the notebooks.
 
 A record holds compared fields only, so that the same cell run twice gives the same bytes. Times, versions and hosts
-are left out on purpose. An exhibit is the second kind of file: claims with their verdicts, and the table shown.
+are left out on purpose. `pandas.read_json(path, lines=True)` reads a file too. An exhibit is the second kind of file:
+claims with their verdicts, and the table shown. More than 200 lines, so that the form of both is checked in one place.
 """
 
 import json
@@ -31,9 +32,9 @@ TYPES = {
 
 
 def cell_name(cell: Mapping[str, Any]) -> str:
-    """File stem of a cell: `arm=kl,seed=0`, coordinates in the order given.
+    """Name of a cell: `arm=kl,seed=0`, coordinates in the order given.
 
-    Raises ValueError for an empty cell or for a character that a file name or this form cannot hold.
+    Raises ValueError for an empty cell or for a character that could be taken for another part of the name.
     """
     for name, value in cell.items():
         if not isinstance(value, str | int | float) or not re.fullmatch(r"\w+", str(name), re.ASCII):
@@ -45,38 +46,58 @@ def cell_name(cell: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in cell.items())
 
 
-def write(path: Path, record: Mapping[str, Any]) -> None:
-    """Write one record: keys sorted, whole or not at all.
+def cell_key(cell: Mapping[str, Any]) -> frozenset:
+    """What tells cells apart, whatever the order of their coordinates."""
+    return frozenset(cell.items())
 
+
+def path(paper: str, experiment: str, profile: str) -> Path:
+    """The file with the records of an experiment."""
+    return paths.RESULTS / profile / paper / f"{experiment}.jsonl"
+
+
+def write(file: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Write the records of an experiment in the order given, one line each, whole or not at all.
+
+    Keys are sorted, but for the coordinates of the cell: their order makes its name.
     Raises ValueError, before anything is written, where a key is missing or unknown, a value has the wrong type, a
     number is not finite, or a metric has no namespace.
     """
-    _check(record, "record")
-    replace_text(path, _dumps(record))
+    for run in runs:
+        _check(run, "record")
+    replace_text(file, "".join(map(_line, runs)))
 
 
-def read_one(path: Path) -> dict[str, Any]:
-    """The record in one file. Raises ValueError, naming the file, if it is torn or is not a record."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        _check(record, "record")
-    except ValueError as error:  # json's and unicode's errors are ValueErrors too
-        raise ValueError(f"{path} is not a whole record ({error}); delete it and run its experiment again") from None
-    return record
+def read_by_cell(file: Path) -> dict[frozenset, dict[str, Any]]:
+    """The records in one file by `cell_key`, in its order; none if there is no file.
+
+    Raises ValueError, naming file and line, if a line is torn or no record, repeats a cell, or belongs to another file.
+    """
+    runs: dict[frozenset, dict[str, Any]] = {}
+    home = "/".join([*file.parts[-3:-1], file.stem])
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), start=1):
+        try:
+            run = json.loads(line)
+            _check(run, "record")
+            if (owner := "/".join([run["profile"], run["paper"], run["experiment"]])) != home:
+                raise ValueError(f"expected a record of {home}, got one of {owner}")
+            if runs.setdefault(cell_key(run["cell"]), run) is not run:
+                raise ValueError(f"expected one line per cell, got {cell_name(run['cell'])} again")
+        except ValueError as error:  # json's and unicode's errors are ValueErrors too
+            raise ValueError(f"{file}, line {number}: {error}; delete it and run the experiment again") from None
+    return runs
 
 
 def read(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
-    """Every record of one experiment, sorted by file name. Raises ValueError if there is none or one lies elsewhere."""
-    folder = paths.RESULTS / profile / paper / experiment
-    files = sorted(folder.glob("*.json"))
-    if not files:
-        raise ValueError(f"expected records in {folder}, found none; `make reproduce` writes those of `default`")
-    runs = [read_one(path) for path in files]
-    for path, run in zip(files, runs, strict=True):
-        home = (run["profile"], run["paper"], run["experiment"])
-        if home != (profile, paper, experiment):
-            raise ValueError(f"{path} holds a record of {'/'.join(home)}; delete it and run its experiment again")
-    return runs
+    """Every record of one experiment, by the names of its cells: reordering cells changes no last bit of a mean.
+
+    Raises ValueError if there is none.
+    """
+    file = path(paper, experiment, profile)
+    runs = sorted(read_by_cell(file).values(), key=lambda run: cell_name(run["cell"]))
+    if not runs:
+        raise ValueError(f"expected records in {file}, got none; `make reproduce` writes those of `default`")
+    return [run | {"cell": dict(sorted(run["cell"].items()))} for run in runs]
 
 
 def frame(runs: Sequence[Mapping[str, Any]], replicate: str = "seed") -> pd.DataFrame:
@@ -127,24 +148,25 @@ def write_exhibit(
     """Write results/<profile>/<paper>/<exhibit>.json and return its path; null is allowed, NaN is not."""
     content = {"paper": paper, "exhibit": exhibit, "profile": profile, "claims": list(claims), "table": list(table)}
     _check_values(content, exhibit)
-    path = paths.RESULTS / profile / paper / f"{exhibit}.json"
-    replace_text(path, _dumps(content))
-    return path
+    file = paths.RESULTS / profile / paper / f"{exhibit}.json"
+    replace_text(file, json.dumps(content, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    return file
 
 
-def replace_text(path: Path, text: str) -> None:
+def replace_text(file: Path, text: str) -> None:
     """Write a file whole or not at all: a temporary file beside it, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _dumps(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+def _line(run: Mapping[str, Any]) -> str:
+    values = (f'"{key}": {json.dumps(run[key], sort_keys=key != "cell", allow_nan=False)}' for key in sorted(run))
+    return "{" + ", ".join(values) + "}\n"
 
 
 def _check(record: Any, where: str) -> None:

@@ -1,5 +1,9 @@
 import json
+import multiprocessing
+import os
+import signal
 import sys
+import time
 import types
 from dataclasses import dataclass
 
@@ -67,11 +71,18 @@ def experiment(tmp_path, monkeypatch):
 ALL = ["arm=teacher", "arm=a,seed=0", "arm=a,seed=1"]
 
 
+def lines():
+    """The records as they lie in the file."""
+    text = (paths.RESULTS / "default" / "p" / "toy.jsonl").read_text()
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
 def test_every_cell_runs_once_and_a_second_call_runs_nothing(experiment):
     ran, runs = experiment.go()
     assert ran == ALL
     assert [run["metrics"]["eval/value"] for run in runs] == [2.0, 4.0, 4.0]
     assert experiment.go() == ([], runs)
+    assert runs == lines()
 
 
 def test_an_added_seed_runs_alone_and_a_dropped_one_takes_its_record_along(experiment):
@@ -82,7 +93,36 @@ def test_an_added_seed_runs_alone_and_a_dropped_one_takes_its_record_along(exper
     ran, runs = experiment.go()
     assert ran == []
     assert [run["cell"] for run in runs] == [{"arm": "teacher"}, {"arm": "a", "seed": 2}]
-    assert len(list((paths.RESULTS / "default" / "p" / "toy").iterdir())) == 2
+    assert [line["cell"] for line in lines()] == [{"arm": "teacher"}, {"arm": "a", "seed": 2}]
+
+
+def test_the_lines_lie_in_the_order_of_the_cells_whatever_ran_first(experiment):
+    experiment.seeds = (3, 1)
+    experiment.go()
+    experiment.seeds = (3, 2, 1, 0)
+    assert experiment.go()[0] == ["arm=a,seed=2", "arm=a,seed=0"]
+    assert [line["cell"].get("seed") for line in lines()] == [None, 3, 2, 1, 0]
+    experiment.seeds = (0, 1, 2, 3)
+    assert experiment.go()[0] == []
+    assert [line["cell"].get("seed") for line in lines()] == [None, 0, 1, 2, 3]
+
+
+def test_until_all_is_done_the_records_that_the_parameters_no_longer_name_stay_behind_the_others(experiment):
+    experiment.go()
+    experiment.seeds, experiment.fail = (7, 1, 8), "arm=a,seed=8"
+    with pytest.raises(KeyboardInterrupt):
+        experiment.go()
+    assert [line["cell"].get("seed") for line in lines()] == [None, 7, 1, 0]
+
+
+def test_looking_for_stale_cells_reads_the_file_once(experiment, monkeypatch):
+    experiment.seeds = tuple(range(20))
+    experiment.go()
+    reads = []
+    read = records.read_by_cell
+    monkeypatch.setattr(records, "read_by_cell", lambda file: reads.append(file) or read(file))
+    assert ledger.Ledger("p", "toy", "default").stale() == []
+    assert reads == [paths.RESULTS / "default" / "p" / "toy.jsonl"]
 
 
 @pytest.mark.parametrize("change", [{"rate": 3.0}, {"code": "other"}, {"precision": "bfloat16"}])
@@ -117,22 +157,88 @@ def test_records_without_checkpoints_are_made_again_but_those_of_full_are_taken(
     assert experiment.go()[0] == ["arm=teacher", "arm=a,seed=2"]
 
 
-def test_a_record_cut_in_half_stops_everything_and_names_the_file(experiment):
+def test_a_record_cut_in_half_stops_everything_and_names_file_and_line(experiment):
     experiment.go()
-    path = paths.RESULTS / "default" / "p" / "toy" / "arm=a,seed=1.json"
-    path.write_text(path.read_text()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"seed=1\.json is not a whole record"):
+    file = paths.RESULTS / "default" / "p" / "toy.jsonl"
+    file.write_text(file.read_text()[:-30])
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"toy\.jsonl, line 3: "):
         experiment.go()
     assert experiment.ran == []
+    assert file.read_bytes() == before
 
 
-def test_a_kill_between_record_and_list_leaves_the_cell_to_be_run_again(experiment):
-    experiment.go()
-    settled = next((paths.DATA / "checkpoints").rglob("settled.json"))
-    hashes = json.loads(settled.read_text())
-    last = records.read_one(paths.RESULTS / "default" / "p" / "toy" / "arm=a,seed=1.json")["hash"]
-    settled.write_text(json.dumps([h for h in hashes if h != last]))
-    assert experiment.go()[0] == ["arm=a,seed=1"]
+def in_children(count, work):
+    """Run `work` in processes of their own, side by side; returns how each ended."""
+    processes = [multiprocessing.get_context("fork").Process(target=work) for _ in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+# Each cell is merged by two renames, of toy.jsonl and of settled.json; the kill comes just before or just after one.
+@pytest.mark.parametrize(
+    ("rename", "after", "recorded", "left"),
+    [
+        (1, False, 0, ALL),
+        (1, True, 1, ALL),
+        (2, False, 1, ALL),
+        (2, True, 1, ALL[1:]),
+        (3, False, 1, ALL[1:]),
+        (3, True, 2, ALL[1:]),
+        (4, True, 2, ALL[2:]),
+    ],
+)
+def test_a_kill_at_any_moment_of_a_merge_costs_that_cell_at_most(experiment, rename, after, recorded, left):
+    replace, renames = os.replace, []
+
+    def killed():
+        def replace_or_die(source, target):
+            renames.append(target)
+            if len(renames) == rename and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+            if len(renames) == rename:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = replace_or_die
+        experiment.go()
+
+    assert in_children(1, killed) == [-signal.SIGKILL]
+    file = paths.RESULTS / "default" / "p" / "toy.jsonl"
+    assert (len(lines()) if file.is_file() else 0) == recorded
+    ran, _ = experiment.go()
+    assert ran == left
+    after_kill = file.read_bytes()
+    file.unlink()
+    assert experiment.go()[0] == ALL
+    assert file.read_bytes() == after_kill, "a run that nobody kills gives the same bytes"
+
+
+def test_two_processes_on_one_ledger_leave_the_bytes_of_one(experiment, tmp_path):
+    experiment.seeds = tuple(range(12))
+    run = experiment.run
+
+    def slowly(cell, section, place):
+        with (tmp_path / "ran").open("a") as file:
+            file.write(f"{os.getpid()} {records.cell_name(cell.coordinates)}\n")
+        time.sleep(0.02)
+        return (yield from run(cell, section, place))
+
+    experiment.run = slowly
+    assert in_children(2, lambda: ledger.Ledger("p", "toy", "default").work()) == [0, 0]
+    file = paths.RESULTS / "default" / "p" / "toy.jsonl"
+    together = file.read_bytes()
+    ran = [line.split() for line in (tmp_path / "ran").read_text().splitlines()]
+    assert sorted(name for _, name in ran) == sorted(["arm=teacher", *(f"arm=a,seed={seed}" for seed in range(12))])
+    assert len({process for process, _ in ran}) == 2
+    assert experiment.go()[0] == []
+    assert file.read_bytes() == together
+    file.unlink()
+    assert len(experiment.go()[0]) == 13
+    assert file.read_bytes() == together
 
 
 def test_an_unknown_experiment_is_refused(experiment):

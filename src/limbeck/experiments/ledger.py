@@ -8,7 +8,8 @@ an added seed runs alone. The records of `full` take hours, and are taken as the
 another machine, its teacher is trained again there.
 
 Cells run side by side in `workers` processes, each of one thread: on two cores that is a third faster than one process
-of two threads. A process claims a cell by a lock that dies with it, so any number of them can work on one ledger.
+of two threads. A process claims a cell by a lock that dies with it, and merges its record into the experiment's file
+under another, so any number of them can work on one ledger.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ def run(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
             helper.terminate()
             helper.wait()
     ledger.prune()
-    return [ledger.record(cell) for cell in ledger.cells]
+    return list(ledger.measured().values())
 
 
 class Ledger:
@@ -69,7 +70,7 @@ class Ledger:
         machine = [self.settings.threads, self.settings.device, self.settings.precision]
         self.common = [paper, experiment, *machine, digests.of_experiment(paper, experiment)]
         self.identity = {"paper": paper, "experiment": experiment, "profile": profile}
-        self.results = paths.RESULTS / profile / paper / experiment
+        self.file = records.path(paper, experiment, profile)
         self.checkpoints = paths.DATA / "checkpoints" / profile / paper / experiment
         self.resume = paths.DATA / "resume" / profile / paper / experiment / self.device.type
 
@@ -78,13 +79,9 @@ class Ledger:
         parts = [*self.common, cell.coordinates, cell.inputs]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def path(self, cell: Cell) -> Path:
-        """Where the cell's record lies."""
-        return self.results / f"{records.cell_name(cell.coordinates)}.json"
-
-    def record(self, cell: Cell) -> dict[str, Any]:
-        """The cell's record. Raises ValueError if the file is damaged."""
-        return records.read_one(self.path(cell))
+    def measured(self) -> dict[frozenset, dict[str, Any]]:
+        """Every record in the file, also stale ones, by cell. Raises ValueError if a line is damaged."""
+        return records.read_by_cell(self.file)
 
     def settled(self) -> set[str]:
         """The hashes of the cells that were run with the checkpoints at hand."""
@@ -93,15 +90,16 @@ class Ledger:
 
     def stale(self) -> list[Cell]:
         """The cells that must run: those that do not stand, and those that left a file which is gone but needed."""
-        settled = self.settled()
+        settled, measured = self.settled(), self.measured()  # in this order: a record is written before it is listed
 
         def stands(cell: Cell) -> bool:
+            record = measured.get(records.cell_key(cell.coordinates), {"hash": None})
             trusted = self.identity["profile"] in _TRUSTED or self.hash(cell) in settled
-            return trusted and self.path(cell).is_file() and self.record(cell)["hash"] == self.hash(cell)
+            return trusted and record["hash"] == self.hash(cell)
 
-        found = [cell for cell in self.cells if not stands(cell)]
+        missing = [cell for cell in self.cells if not stands(cell)]
         lost = [c for c in self.cells if not all((self.checkpoints / name).is_file() for name in c.checkpoint_files)]
-        return [cell for cell in self.cells if cell in found or (found and cell in lost)]
+        return [cell for cell in self.cells if cell in missing or (missing and cell in lost)]
 
     def work(self, parent: int | None = None) -> None:
         """Run stale cells until none is left; one whose wave has not come, or that another process runs, can wait.
@@ -122,8 +120,8 @@ class Ledger:
             if not mine or cell not in self.stale():
                 return False
             state = self.resume / self.hash(cell) / "state.safetensors"
-            earlier = [self.record(other) for other in self.cells if other.wave < cell.wave]
-            place = Workspace(self.checkpoints, state, earlier, self.device, self.settings.precision)
+            known = list(self.measured().values())
+            place = Workspace(self.checkpoints, state, known, self.device, self.settings.precision)
             self._settle(cell, self._run(cell, place))
             shutil.rmtree(state.parent, ignore_errors=True)
             return True
@@ -155,16 +153,27 @@ class Ledger:
             "trainable_parameters": result.trainable_parameters,
             "dtype": result.dtype,
         }
-        records.write(self.path(cell), record)
-        with _lock(self.resume / "settled.lock", wait=True):
+        with self._merging():
+            self._write(self.measured() | {records.cell_key(cell.coordinates): record})
             self._list(self.settled() | {self.hash(cell)})
 
     def prune(self) -> None:
         """Delete the records of cells that the parameters no longer name, and the states of runs that cannot go on."""
-        for path in set(self.results.glob("*.json")) - {self.path(cell) for cell in self.cells}:
-            path.unlink()
+        named = {records.cell_key(cell.coordinates) for cell in self.cells}
+        with self._merging():
+            self._write({cell: record for cell, record in self.measured().items() if cell in named})
+            self._list(self.settled() & {self.hash(cell) for cell in self.cells})
         shutil.rmtree(self.resume, ignore_errors=True)
-        self._list(self.settled() & {self.hash(cell) for cell in self.cells})
+
+    def _merging(self) -> contextlib.AbstractContextManager[bool]:
+        """The lock of whoever changes the file, on any device; it outlives `prune`."""
+        return _lock(self.resume.with_name("merge.lock"), wait=True)
+
+    def _write(self, measured: dict[frozenset, dict[str, Any]]) -> None:
+        """Write the records in the order of the cells; those of cells that are no longer named come last."""
+        order = {records.cell_key(cell.coordinates): number for number, cell in enumerate(self.cells)}
+        cells = sorted(measured, key=lambda cell: order.get(cell, len(order)))
+        records.write(self.file, [measured[cell] for cell in cells])
 
     def _list(self, hashes: set[str]) -> None:
         records.replace_text(self.checkpoints / "settled.json", json.dumps(sorted(hashes), indent=1) + "\n")

@@ -61,8 +61,8 @@ def inputs(notebook: Path, parameters: dict[str, Any]) -> list[str]:
     if experiment:
         read = ["params.yaml", f"params/{paper}.yaml"]
     else:
-        folder = paths.RESULTS / parameters["profile"] / paper / source(notebook)
-        read = [f"data/claims/{paper}.yaml", *map(_relative, folder.glob("*.json"))]
+        file = records.path(paper, source(notebook), parameters["profile"])
+        read = [f"data/claims/{paper}.yaml", *([_relative(file)] if file.is_file() else [])]
     return sorted([_relative(notebook), *code(notebook, experiment), *read])
 
 
@@ -100,7 +100,7 @@ def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]
             {_relative(notebook): _sources(notebook)},
         ],
         "outs": [
-            {f"results/{profile}/{paper}/{experiment}": {"cache": False, "persist": True}},
+            {f"results/{profile}/{paper}/{experiment}.jsonl": {"cache": False, "persist": True}},
             {f"data/checkpoints/{profile}/{paper}/{experiment}": {"persist": True}},
         ],
     }
@@ -117,6 +117,7 @@ def _words(section: Any) -> set[str]:
 
 def _exhibit(notebook: Path, profile: str) -> dict[str, Any]:
     paper, exhibit = notebook.parent.name, notebook.stem
+    measured = f"results/{profile}/{paper}/{source(notebook)}.jsonl"
     outs = [
         f"results/{profile}/{paper}/{exhibit}.json",
         f"results/{profile}/{paper}/{exhibit}.svg",
@@ -124,7 +125,7 @@ def _exhibit(notebook: Path, profile: str) -> dict[str, Any]:
     ]
     return {
         "cmd": f"python -m limbeck.workflow.notebooks {_relative(notebook)} profile={profile}",
-        "deps": sorted([*code(notebook), f"data/claims/{paper}.yaml", f"results/{profile}/{paper}/{source(notebook)}"]),
+        "deps": sorted([*code(notebook), f"data/claims/{paper}.yaml", measured]),
         "params": [{_relative(notebook): _sources(notebook)}],
         "outs": [{out: {"cache": False}} for out in outs],
     }
