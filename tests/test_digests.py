@@ -372,8 +372,8 @@ def test_the_half_of_the_ledger_that_runs_a_cell_counts_for_every_experiment():
 
 
 def test_an_experiment_reaches_what_registers_nola_and_neither_figures_nor_claims():
-    roots = [f"limbeck.experiments.nola.fig_rank.{name}" for name in digests._ROOTS]
-    modules = {definition.module for definition in digests.reached(*roots)}
+    module = digests.module_of("nola", "fig_pranc_loss")
+    modules = {definition.module for definition in digests.reached(*(f"{module}.{name}" for name in digests._ROOTS))}
     assert {"limbeck.adapters.layer", "limbeck.seeding"} <= modules
     assert not [module for module in modules if module.split(".")[-1] in ("figures", "claims", "ledger")]
 
@@ -382,4 +382,5 @@ def test_every_experiment_and_every_exhibit_has_a_digest_and_the_committed_ones_
     everything = digests.everything()
     for paper in ("kdrl", "nola", "sinkd"):
         assert {path.stem for path in (paths.NOTEBOOKS / paper).glob("*.ipynb")} <= set(everything[paper])
+        assert {f"{name}-train" for name in digests.experiments(paper)} <= set(everything[paper])
     assert json.loads(digests.FILE.read_text()) == everything, "run `python -m limbeck.digests`"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from limbeck import params, paths
+from limbeck import digests, params, paths
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def test_every_committed_section_loads_into_its_experiment():
         for experiment, profiles in yaml.safe_load(file.read_text()).items():
             if not set(profiles) & set(params.PROFILES):
                 continue  # what experiments share
-            module = importlib.import_module(f"limbeck.experiments.{file.stem}.{experiment}")
+            module = importlib.import_module(digests.module_of(file.stem, experiment))
             assert set(profiles) <= set(params.PROFILES)
             for profile in profiles:
                 section = params.load(file.stem, experiment, profile, module.Params)
@@ -103,12 +103,13 @@ def test_every_committed_section_loads_into_its_experiment():
 def test_what_no_type_can_say_is_refused_before_anything_runs(tmp_path, monkeypatch, name, change, message):
     from limbeck.experiments import ledger  # noqa: PLC0415
 
+    module = digests.module_of("sinkd", name)
     sections = yaml.safe_load((paths.PARAMS / "sinkd.yaml").read_text())
     sections[name]["smoke"] |= change
     shutil.copy(paths.ROOT / "params.yaml", tmp_path)
     for constant in ("ROOT", "PARAMS", "RESULTS", "DATA"):
         monkeypatch.setattr(paths, constant, tmp_path / ("" if constant == "ROOT" else constant.lower()))
-    monkeypatch.setattr("limbeck.definitions.module_file", lambda _: tmp_path)
+    monkeypatch.setattr("limbeck.digests.module_of", lambda *_: module)
     monkeypatch.setattr("limbeck.digests.of_experiment", lambda *_: "code")
     paths.PARAMS.mkdir()
     (paths.PARAMS / "sinkd.yaml").write_text(yaml.safe_dump(sections))

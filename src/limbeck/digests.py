@@ -9,6 +9,7 @@ An experiment's roots are its `run`, `cells` and `Params`, and the half of the l
 by the experiment's name, as the ledger finds them; an exhibit's root is the code of its notebook's cells.
 """
 
+import ast
 import functools
 import hashlib
 import json
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import nbformat
-import yaml
 
 from limbeck import definitions, normal_form, paths, records
 from limbeck.definitions import Definition, Package
@@ -31,8 +31,22 @@ _MAGIC = re.compile(r"^\s*[%!].*$", re.MULTILINE)
 
 def of_experiment(paper: str, experiment: str) -> str:
     """The digest of the code that makes an experiment's records."""
-    module = f"limbeck.experiments.{paper}.{experiment}"
+    module = module_of(paper, experiment)
     return of_names(*(f"{module}.{name}" for name in _ROOTS), _EXECUTE)
+
+
+def experiments(paper: str) -> dict[str, str]:
+    """The literal table of a paper's experiments: the module of each."""
+    (statement,) = definitions.read(f"limbeck.experiments.{paper}").statements["EXPERIMENTS"]
+    table = ast.literal_eval(statement.value)
+    return {experiment: f"limbeck.experiments.{paper}.{module}" for experiment, module in table.items()}
+
+
+def module_of(paper: str, experiment: str) -> str:
+    """The module that has an experiment's `run`, `cells` and `Params`. Raises ValueError if there is no such one."""
+    if experiment not in (modules := experiments(paper)):
+        raise ValueError(f"received experiment {experiment!r}, expected one of {paper}'s: {', '.join(modules)}")
+    return modules[experiment]
 
 
 def of_names(*names: str) -> str:
@@ -64,8 +78,7 @@ def everything() -> dict[str, dict[str, str]]:
         paper, folder = file.stem, paths.NOTEBOOKS / file.stem
         own = {path.stem: of_notebook(path) for path in sorted(folder.glob("*.ipynb")) if path.stem != "train"}
         own["train"] = hashlib.sha256("\n".join(cells(folder / "train.ipynb")).encode()).hexdigest()
-        experiments = [name for name, profiles in yaml.safe_load(file.read_text()).items() if "smoke" in profiles]
-        digests[paper] = own | {f"{name}-train": of_experiment(paper, name) for name in experiments}
+        digests[paper] = own | {f"{name}-train": of_experiment(paper, name) for name in experiments(paper)}
     return digests
 
 

@@ -187,7 +187,7 @@ class _Writer:
         target = self.lookup(name)
         return target if isinstance(target, str) else f"global.{name}"
 
-    def attribute(self, node: ast.Attribute) -> None:
+    def attribute(self, node: ast.Name | ast.Attribute) -> None:
         chain: list[str] = []
         base: ast.expr = node
         while isinstance(base, ast.Attribute):

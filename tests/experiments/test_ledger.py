@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from limbeck import definitions, digests, params, paths, records
+from limbeck import digests, params, paths, records
 from limbeck.experiments import ledger
 from limbeck.experiments.runs import Cell, Result
 
@@ -48,7 +48,7 @@ def experiment(tmp_path, monkeypatch):
 
     module.cells, module.run, module.fail = cells, run, ""
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(definitions, "module_file", lambda name: tmp_path if name == module.__name__ else None)
+    monkeypatch.setattr(digests, "experiments", lambda _: {"toy": module.__name__})
     monkeypatch.setattr(digests, "of_experiment", lambda *_: module.code)
     monkeypatch.setattr(params, "load", lambda *_: Params(module.rate))
     settings = params.settings()
@@ -242,7 +242,7 @@ def test_two_processes_on_one_ledger_leave_the_bytes_of_one(experiment, tmp_path
 
 
 def test_an_unknown_experiment_is_refused(experiment):
-    with pytest.raises(ValueError, match=r"expected an experiment of p .* got 'other'"):
+    with pytest.raises(ValueError, match=r"received experiment 'other', expected one of p's: toy"):
         ledger.run("p", "other", "default")
 
 

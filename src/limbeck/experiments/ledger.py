@@ -28,7 +28,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from limbeck import definitions, digests, models, params, paths, records
+from limbeck import digests, models, params, paths, records
 from limbeck.experiments.runs import Cell, Result, Workspace, execute
 
 _TRUSTED = ("full",)
@@ -59,10 +59,7 @@ class Ledger:
     """The cells of one experiment, their records, and which of them stand."""
 
     def __init__(self, paper: str, experiment: str, profile: str) -> None:
-        name = f"limbeck.experiments.{paper}.{experiment}"
-        if definitions.module_file(name) is None:
-            raise ValueError(f"expected an experiment of {paper} (a module {name}), got {experiment!r}")
-        self.module = importlib.import_module(name)
+        self.module = importlib.import_module(digests.module_of(paper, experiment))
         self.settings = params.settings()
         self.section = params.load(paper, experiment, profile, self.module.Params)
         self.cells: list[Cell] = self.module.cells(self.section, self.settings.seeds)

@@ -1,1 +1,9 @@
-"""The experiments of KDRL."""
+"""The experiments of KDRL, each with the module that has its `Params`, `cells` and `run`. Read as text: a literal."""
+
+EXPERIMENTS = {
+    "fig_kl_gradients": "fig_kl_gradients",
+    "table_starts": "table_starts",
+    "table_main": "comparison",
+    "ablations": "comparison",
+    "fig_real_model": "fig_real_model",
+}
