@@ -3,6 +3,8 @@ from dataclasses import dataclass
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import _yaml
 
 from limbeck import digests, params, paths
 
@@ -65,6 +67,70 @@ def test_an_unknown_experiment_profile_or_file_lists_what_there_is(write):
         params.load("absent", "experiment", "default", Section)
 
 
+LAYERED = {
+    "shared": {"slow": {"rate": 0.5, "sizes": [1]}, "wide": {"sizes": [8]}},
+    "one": {
+        "default": {"from": "slow wide", "name": "a"},
+        "smoke": {"sizes": [2]},
+        "paper": {"name": "b", "from": "slow"},
+        "full": {},
+    },
+    "two": {"full": {"name": "c", "from": "wide slow"}, "smoke": {"from": "wide"}},
+    "three": {"smoke": {"rate": 1.0, "name": "d", "sizes": []}},
+}
+
+
+@pytest.mark.parametrize("sort_keys", [False, True])
+@pytest.mark.parametrize(
+    ("experiment", "profile", "expected"),
+    [
+        ("one", "default", Section(0.5, "a", (8,))),
+        ("one", "smoke", Section(0.5, "a", (2,))),
+        ("one", "paper", Section(0.5, "b", (1,))),
+        ("one", "full", Section(0.5, "a", (8,))),
+        ("two", "full", Section(0.5, "c", (1,))),
+        ("two", "smoke", Section(0.5, "c", (8,))),
+        ("three", "smoke", Section(1.0, "d", ())),
+    ],
+)
+def test_a_section_is_laid_over_its_groups_and_these_over_the_base_section(
+    tmp_path, monkeypatch, sort_keys, experiment, profile, expected
+):
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(LAYERED, sort_keys=sort_keys))
+    assert params.load("toy", experiment, profile, Section) == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("slow fast", "params/toy.yaml, one, smoke: from must be one of slow, wide; got 'fast'"),
+        (["slow"], r"params/toy.yaml, one, smoke: from must be names with spaces between them, got \['slow'\]"),
+    ],
+)
+def test_a_section_that_starts_from_no_group_of_the_file_is_refused(tmp_path, monkeypatch, groups, message):
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(LAYERED | {"one": {"smoke": {"from": groups}}}))
+    with pytest.raises(ValueError, match=message):
+        params.load("toy", "one", "smoke", Section)
+
+
+def test_a_group_starts_from_no_other_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    shared = {"slow": {"rate": 0.5, "sizes": [1], "from": "wide"}, "wide": {"sizes": [8]}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(LAYERED | {"shared": shared}))
+    with pytest.raises(ValueError, match="unknown key from"):
+        params.load("toy", "one", "default", Section)
+
+
+def test_shared_is_no_experiment(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "PARAMS", tmp_path)
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(LAYERED, sort_keys=False))
+    assert list(params.experiments("toy")) == ["one", "two", "three"]
+    with pytest.raises(ValueError, match="experiment must be one of one, two, three; got 'shared'"):
+        params.load("toy", "shared", "slow", Section)
+
+
 @pytest.mark.parametrize(
     "change", [{"profile": p} for p in ("big", "full")] + [{"threads": 0}, {"precision": "float8"}, {"colour": "red"}]
 )
@@ -80,14 +146,44 @@ def test_every_committed_section_loads_into_its_experiment():
     import importlib  # noqa: PLC0415
 
     for file in paths.PARAMS.glob("*.yaml"):
-        for experiment, profiles in yaml.safe_load(file.read_text()).items():
+        for experiment, profiles in params.experiments(file.stem).items():
             if not set(profiles) & set(params.PROFILES):
-                continue  # what experiments share
+                continue  # timed by `make bench`
             module = importlib.import_module(digests.module_of(file.stem, experiment))
             assert set(profiles) <= set(params.PROFILES)
             for profile in profiles:
                 section = params.load(file.stem, experiment, profile, module.Params)
                 assert len({str(cell.coordinates) for cell in module.cells(section, range(5))}) > 1
+
+
+@pytest.mark.parametrize("paper", ["kdrl", "nola", "sinkd"])
+def test_a_params_file_has_the_form_that_dvc_writes_and_no_anchors(paper):
+    text = (paths.PARAMS / f"{paper}.yaml").read_text()
+    assert _yaml.dumps_yaml(_yaml.parse_yaml_for_update(text, paper)) == text
+    assert not [token for token in yaml.scan(text) if isinstance(token, (yaml.AnchorToken, yaml.AliasToken))]
+    assert len(text.splitlines()) <= 600
+
+
+@pytest.mark.parametrize(
+    ("paper", "override"),
+    [
+        ("kdrl", "fig_kl_gradients.default.draws=3"),
+        ("kdrl", "shared.comparison.steps=3"),
+        ("kdrl", "shared.chains.start_steps.1=3"),
+        ("nola", "table_text_full.full.steps=3"),
+        ("nola", "shared.tiny_vision.first_batch=3"),
+        ("sinkd", "shared.encoder.learning_rate=3"),
+        ("sinkd", "table_encoder.default.tasks.2=sst2"),
+    ],
+)
+def test_a_value_that_dvc_sets_changes_one_line(tmp_path, paper, override):
+    text = (paths.PARAMS / f"{paper}.yaml").read_text()
+    file = tmp_path / f"{paper}.yaml"
+    file.write_text(text)
+    apply_overrides(file, [override])
+    before, after = text.splitlines(), file.read_text().splitlines()
+    assert len(before) == len(after)
+    assert sum(old != new for old, new in zip(before, after, strict=True)) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Hyperparameters: params.yaml for what crosses the papers, params/<paper>.yaml for the rest.
 
-There, each experiment has a section a profile. A section loads into the frozen dataclass that its experiment declares;
-nothing has a default in code, so a number is written in one place. Unknown, missing and ill-typed keys are errors
-before anything runs.
+There, each experiment has one section per profile, which holds only what differs: it is laid over the groups of the
+file's `shared` that its `from` names, and these over the experiment's base section, which starts from groups in its
+turn. What comes of it loads into the frozen dataclass that the experiment declares; nothing has a default in code, so a
+number is written in one place. Unknown, missing and ill-typed keys are errors before anything runs.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ import yaml
 from limbeck import paths
 
 PROFILES = ("smoke", "default", "full", "paper")
+BASES = ("default", "full", "bench")  # the first of them that an experiment has lies under its other sections
+_SHARED, _FROM = "shared", "from"
 T = typing.TypeVar("T")
 
 
@@ -57,11 +60,44 @@ def settings() -> Settings:
 
 
 def load(paper: str, experiment: str, profile: str, into: type[T]) -> T:
-    """Section `experiment`, `profile` of params/<paper>.yaml as the dataclass `into`."""
+    """The section as the dataclass `into`."""
+    values = section(paper, experiment, profile)
+    return _build(into, values, f"params/{paper}.yaml, {experiment}, {profile}")
+
+
+def section(paper: str, experiment: str, profile: str) -> dict[str, Any]:
+    """The section with all that it is laid over: a key's value is the last one among its `layers`."""
     sections = _read(paths.PARAMS / f"{paper}.yaml")
+    values = {}
+    for key, name in layers(paper, experiment, profile):
+        values |= {field: value for field, value in sections[key][name].items() if key == _SHARED or field != _FROM}
+    return values
+
+
+def layers(paper: str, experiment: str, profile: str) -> list[tuple[str, str]]:
+    """Where the section's values stand in params/<paper>.yaml, each a key and the key below it; the last one counts."""
+    sections = _read(paths.PARAMS / f"{paper}.yaml")
+    shared = sections.pop(_SHARED, {})
     one_of("experiment", experiment, sections)
-    one_of(f"profile of {experiment}", profile, sections[experiment])
-    return _build(into, sections[experiment][profile], f"params/{paper}.yaml, {experiment}, {profile}")
+    profiles = sections[experiment]
+    one_of(f"profile of {experiment}", profile, profiles)
+    base = next((name for name in BASES if name in profiles), profile)
+    places = []
+    for name in dict.fromkeys((base, profile)):
+        where, groups = f"params/{paper}.yaml, {experiment}, {name}", profiles[name].get(_FROM, "")
+        if not isinstance(groups, str):
+            raise ValueError(f"{where}: {_FROM} must be names with spaces between them, got {groups!r}")
+        for group in groups.split():
+            one_of(f"{where}: {_FROM}", group, shared)
+            places.append((_SHARED, group))
+        places.append((experiment, name))
+    return places
+
+
+def experiments(paper: str) -> dict[str, list[str]]:
+    """The experiments of params/<paper>.yaml, each with its profiles, in the file's order."""
+    sections = _read(paths.PARAMS / f"{paper}.yaml")
+    return {name: list(profiles) for name, profiles in sections.items() if name != _SHARED}
 
 
 def _read(path) -> dict[str, Any]:

@@ -5,11 +5,10 @@ import sys
 import matplotlib as mpl
 import numpy as np
 import pytest
-import yaml
 
 mpl.use("Agg")
 
-from limbeck import paths
+from limbeck import params, paths
 from limbeck.exhibits import figures, intervals, palette
 
 GRID = np.linspace(-10, 10, 101)
@@ -36,8 +35,10 @@ def toy(fits, titles=None):
 
 def pictures():
     """The arms that one picture shows: those of a section of params/sinkd.yaml, and those of table_cost."""
-    sections = yaml.safe_load((paths.PARAMS / "sinkd.yaml").read_text())
-    shown = [section["arms"] for profiles in sections.values() for section in profiles.values() if "arms" in section]
+    sections = [
+        params.section("sinkd", name, profile) for name, own in params.experiments("sinkd").items() for profile in own
+    ]
+    shown = [section["arms"] for section in sections if "arms" in section]
     assert len(shown) > 10
     return [*shown, ["kl", "sinkhorn", "fallback", "recipe", "pot", "geomloss"]]
 

@@ -156,10 +156,55 @@ def test_a_changed_section_makes_only_its_experiment_stale(copy):
     def change(text):
         sections = yaml.safe_load(text)
         sections["fig_toy_divergences"]["default"]["steps"] += 1
-        sections["table_encoder"]["smoke"]["epochs"] += 1
+        sections["table_encoder"]["smoke"]["tasks"] = ["r52"]
         return yaml.safe_dump(sections)
 
     assert after(copy, "params/sinkd.yaml", change) == {"sinkd-fig_toy_divergences-train"}
+
+
+@pytest.fixture(scope="module")
+def places():
+    """Of the default pipeline and the full one, what each training stage reads of parameter files and notebooks."""
+    return [
+        {
+            name: {place for entry in stage["params"] for places in entry.values() for place in places}
+            for name, stage in pipeline.stages(profile).items()
+        }
+        for profile in ("${profile}", "full")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("group", "default", "full"),
+    [
+        ("chains", {"kdrl-table_starts", "kdrl-table_main"}, {"kdrl-table_starts", "kdrl-ablations"}),
+        ("tiny_run", {"kdrl-table_main"}, set()),
+        ("budgets", {"nola-fig_pranc_loss"}, {"nola-fig_convolution"}),
+        ("tiny_budgets", {"nola-fig_pranc_loss"}, set()),
+        ("vision", {"nola-table_vision"}, {"nola-table_vision_full"}),
+        ("one_pair", {"sinkd-fig_transport_plan", "sinkd-fig_permutation"}, set()),
+        ("one_text_pair", set(), {"sinkd-fig_hyperparameters", "sinkd-fig_debiased"}),
+    ],
+)
+def test_a_group_of_shared_reaches_exactly_the_experiments_that_start_from_it(places, group, default, full):
+    readers = [{name for name in stages if f"shared.{group}" in stages[name]} for stages in places]
+    assert readers == [training(default), training(full)]
+
+
+def test_a_stage_reads_its_own_section_and_the_one_below_it(places):
+    default, full = places
+    expected = {"shared.chains", "shared.spread", "table_starts.default", "table_starts.full"}
+    assert {place for place in full["kdrl-table_starts-train"] if place.startswith(("shared", "table"))} == expected
+    assert {"table_starts.${profile}", "table_starts.default"} <= default["kdrl-table_starts-train"]
+    assert not [place for place in default["kdrl-table_starts-train"] if place.endswith((".smoke", ".paper", ".full"))]
+
+
+@pytest.mark.slow
+def test_a_changed_line_of_shared_makes_stale_exactly_the_experiments_that_start_from_it(copy):
+    def change(text):
+        return text.replace("    train_size: 300 ", "    train_size: 301 ")
+
+    assert after(copy, "params/nola.yaml", change) == {"nola-fig_pranc_loss-train"}
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 import nbformat
 import yaml
 
-from limbeck import assets, closure, paths, records
+from limbeck import assets, closure, params, paths, records
 
 _HEADER = "# Generated from the notebooks, their imports and params/ by `make pipeline`; a test holds it to them.\n"
 _READS = re.compile(r'records\.read\("\w+", "(\w+)", profile\)')
@@ -23,8 +23,7 @@ _SHARED = ["device", "precision", "seeds", "threads"]
 
 def experiments(paper: str, profile: str) -> list[str]:
     """The experiments of a paper that have a section for the profile."""
-    sections = yaml.safe_load((paths.PARAMS / f"{paper}.yaml").read_text())
-    return [name for name, profiles in sections.items() if profile in profiles]
+    return [name for name, profiles in params.experiments(paper).items() if profile in profiles]
 
 
 def papers() -> list[str]:
@@ -85,9 +84,8 @@ def stages(profile: str) -> dict[str, Any]:
 
 def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]:
     notebook = paths.NOTEBOOKS / paper / "train.ipynb"
-    section = yaml.safe_load((paths.PARAMS / f"{paper}.yaml").read_text())[experiment][of]
     files = code(notebook, experiment)
-    needed = [f"data/raw/{asset}" for asset in assets.named(_words(section))]
+    needed = [f"data/raw/{asset}" for asset in assets.named(_words(params.section(paper, experiment, of)))]
     for other in set(experiments(paper, of)) - {experiment}:
         if f"src/limbeck/experiments/{paper}/{other}.py" in files:
             needed.append(f"data/checkpoints/{profile}/{paper}/{other}")
@@ -96,7 +94,7 @@ def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]
         "deps": sorted([*files, *needed]),
         "params": [
             {"params.yaml": list(_SHARED)},
-            {f"params/{paper}.yaml": [f"{experiment}.{profile}"]},
+            {f"params/{paper}.yaml": _places(paper, experiment, profile)},
             {_relative(notebook): _sources(notebook)},
         ],
         "outs": [
@@ -104,6 +102,16 @@ def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]
             {f"data/checkpoints/{profile}/{paper}/{experiment}": {"persist": True}},
         ],
     }
+
+
+def _places(paper: str, experiment: str, profile: str) -> list[str]:
+    """What a stage reads of its params file; with DVC's own variable, `shared` for every profile it can stand for."""
+    choices = [profile]
+    if profile.startswith("$"):
+        choices = [name for name in params.experiments(paper)[experiment] if name != "full"]
+    layers = {layer for choice in choices for layer in params.layers(paper, experiment, choice)}
+    laid_under = {f"{key}.{name}" for key, name in layers if key != experiment or name in params.BASES}
+    return sorted(laid_under | {f"{experiment}.{profile}"})
 
 
 def _words(section: Any) -> set[str]:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 import cells
-from limbeck import params, paths, records, seeding
+from limbeck import params, records, seeding
 from limbeck.experiments.kdrl import comparison, curves, lines, table_main, table_starts
 from limbeck.experiments.kdrl.chains import Chains
 from limbeck.training import grpo
@@ -328,11 +327,11 @@ def test_another_seed_arm_or_teacher_changes_no_cell_and_a_grid_or_a_step_all(se
 
 def committed():
     """Every section of params/kdrl.yaml that compares arms on chains."""
-    sections = yaml.safe_load((paths.PARAMS / "kdrl.yaml").read_text())
-    return [(name, profile) for name, part in sections.items() for profile in part if "selection_seed" in part[profile]]
+    sections = [(name, profile) for name, profiles in params.experiments("kdrl").items() for profile in profiles]
+    return [place for place in sections if "selection_seed" in params.section("kdrl", *place)]
 
 
-@pytest.mark.parametrize(("name", "profile"), [case for case in committed() if case[0] != "comparisons"])
+@pytest.mark.parametrize(("name", "profile"), committed())
 def test_every_committed_comparison_has_cells_that_come_after_all_that_they_read(name, profile):
     loaded = params.load("kdrl", name, profile, comparison.Params)
     turns = {tuple(cell.coordinates.values()): cell.wave for cell in comparison.cells(loaded, (0, 1))}

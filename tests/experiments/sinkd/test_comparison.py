@@ -269,8 +269,7 @@ def test_a_seed_changes_no_other_cell_and_the_grid_and_the_tasks_only_what_was_c
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("profile", params.PROFILES)
 def test_every_committed_cell_comes_after_all_that_it_reads(name, profile):
-    sections = yaml.safe_load((paths.PARAMS / "sinkd.yaml").read_text())[name]
-    if profile not in sections:
+    if profile not in params.experiments("sinkd")[name]:
         return
     comes_after_all_that_it_reads(params.load("sinkd", name, profile, comparison.Params))
 
