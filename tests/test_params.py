@@ -1,5 +1,5 @@
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import yaml
@@ -65,6 +65,95 @@ def test_an_unknown_experiment_profile_or_file_lists_what_there_is(write):
         params.load("toy", "experiment", "full", Section)
     with pytest.raises(ValueError, match=r"expected a parameter file at"):
         params.load("absent", "experiment", "default", Section)
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    rate: float
+    clip: float
+
+
+@dataclass(frozen=True)
+class Loop:
+    steps: int
+    optimiser: Optimiser
+
+    def __post_init__(self) -> None:
+        params.positive(steps=self.steps)
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    seed: int
+    data: Data
+    loop: Loop
+    name_of_arm: str
+
+
+PARTS = {"steps": 3, "sizes": [1, 2], "clip": 1, "name_of_arm": "b", "rate": 0.5, "name": "a", "seed": 7}
+
+
+def test_a_part_takes_the_keys_that_are_its_fields_and_flat_gives_them_back(write):
+    write(PARTS)
+    loaded = params.load("toy", "experiment", "default", Parts)
+    assert loaded == Parts(7, Data("a", (1, 2)), Loop(3, Optimiser(0.5, 1.0)), "b")
+    assert params.flat(loaded) == PARTS | {"sizes": (1, 2)}
+    assert type(params.flat(loaded)["clip"]) is float
+
+
+def test_flat_of_an_undivided_section_is_what_asdict_gives(write):
+    write(GOOD)
+    loaded = params.load("toy", "experiment", "default", Section)
+    assert list(params.flat(loaded).items()) == list(asdict(loaded).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loop": 1}, "unknown key loop; expected clip, name, name_of_arm, rate, seed, sizes, steps"),
+        ({"clip": "far"}, "clip must be float, got 'far'"),
+        ({"steps": 0}, "steps must be above 0, got 0"),
+    ],
+)
+def test_an_error_of_a_part_names_the_section(write, change, message):
+    write(PARTS | change)
+    with pytest.raises(ValueError, match=f"^params/toy.yaml, experiment, default: {message}$"):
+        params.load("toy", "experiment", "default", Parts)
+
+
+def test_a_missing_key_of_a_part_is_named(write):
+    write({name: value for name, value in PARTS.items() if name not in ("clip", "seed")})
+    with pytest.raises(ValueError, match=r"^params/toy\.yaml, experiment, default: missing key clip, seed$"):
+        params.load("toy", "experiment", "default", Parts)
+
+
+def test_two_parts_that_claim_the_same_key_are_named(write):
+    @dataclass(frozen=True)
+    class Twice:
+        schedule: Optimiser
+        loop: Loop
+
+    write({"rate": 1.0, "clip": 1.0, "steps": 1})
+    message = "default: key clip is claimed by Twice.schedule and Twice.loop.optimiser, expected one of them"
+    with pytest.raises(ValueError, match=message):
+        params.load("toy", "experiment", "default", Twice)
+
+
+def test_a_part_and_the_whole_that_claim_the_same_key_are_named(write):
+    @dataclass(frozen=True)
+    class Both:
+        rate: float
+        loop: Loop
+
+    write({"rate": 1.0, "clip": 1.0, "steps": 1})
+    with pytest.raises(ValueError, match=r"key rate is claimed by Both and Both\.loop\.optimiser"):
+        params.load("toy", "experiment", "default", Both)
 
 
 LAYERED = {

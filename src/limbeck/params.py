@@ -60,7 +60,7 @@ def settings() -> Settings:
 
 
 def load(paper: str, experiment: str, profile: str, into: type[T]) -> T:
-    """The section as the dataclass `into`."""
+    """The section as the dataclass `into`; a field whose type is a dataclass takes those keys that are its fields."""
     values = section(paper, experiment, profile)
     return _build(into, values, f"params/{paper}.yaml, {experiment}, {profile}")
 
@@ -100,6 +100,15 @@ def experiments(paper: str) -> dict[str, list[str]]:
     return {name: list(profiles) for name, profiles in sections.items() if name != _SHARED}
 
 
+def flat(values: Any) -> dict[str, Any]:
+    """The mapping that `load` made a dataclass of: the fields of its parts stand beside its own."""
+    mapping = {}
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        mapping |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return mapping
+
+
 def _read(path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"expected a parameter file at {path}, found none")
@@ -108,15 +117,35 @@ def _read(path) -> dict[str, Any]:
 
 def _build(into: type[T], values: dict[str, Any], where: str) -> T:
     """The dataclass from a mapping; lists become tuples, integers serve where floats are asked for."""
-    types = typing.get_type_hints(into)
-    if unknown := sorted(set(values) - set(types)):
-        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; expected {', '.join(sorted(types))}")
-    if missing := sorted(set(types) - set(values)):
-        raise ValueError(f"{where}: missing key {', '.join(missing)}")
     try:
-        return into(**{name: _convert(name, value, types[name]) for name, value in values.items()})
+        keys = _keys(into, into.__name__)
+        if unknown := sorted(set(values) - set(keys)):
+            raise ValueError(f"unknown key {', '.join(unknown)}; expected {', '.join(sorted(keys))}")
+        if missing := sorted(set(keys) - set(values)):
+            raise ValueError(f"missing key {', '.join(missing)}")
+        return _assemble(into, values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _keys(into: type, part: str) -> dict[str, str]:
+    """Every key that a dataclass and its parts take, with the part that takes it."""
+    keys: dict[str, str] = {}
+    for name, kind in typing.get_type_hints(into).items():
+        taken = _keys(kind, f"{part}.{name}") if dataclasses.is_dataclass(kind) else {name: part}
+        if twice := sorted(keys.keys() & taken.keys()):
+            claims = " and ".join((keys[twice[0]], taken[twice[0]]))
+            raise ValueError(f"key {twice[0]} is claimed by {claims}, expected one of them")
+        keys |= taken
+    return keys
+
+
+def _assemble(into: type[T], values: dict[str, Any]) -> T:
+    fields = {}
+    for name, kind in typing.get_type_hints(into).items():
+        part = dataclasses.is_dataclass(kind)
+        fields[name] = _assemble(kind, values) if part else _convert(name, values[name], kind)
+    return into(**fields)
 
 
 def _convert(name: str, value: object, kind: Any) -> Any:
