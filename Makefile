@@ -66,7 +66,8 @@ lint: $(READY)
 	ruff check .
 	ruff format --check .
 
-pipeline: $(READY)  ## write dvc.yaml and pipelines/full/dvc.yaml from the notebooks, their imports and params/
+pipeline: $(READY)  ## write digests.json, dvc.yaml and pipelines/full/dvc.yaml from the code, the notebooks and params/
+	python -m limbeck.digests
 	python -m limbeck.workflow.stages
 
 readme: $(READY)  ## renew the table in README.md from the exhibits

@@ -19,7 +19,6 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "params": {"paths"},
     "records": {"paths"},
     "assets": {"carriers", "paths"},
-    "closure": {"paths"},
     "definitions": {"paths"},
     "normal_form": {"definitions"},
     "digests": {"definitions", "normal_form", "paths", "records"},
@@ -33,7 +32,7 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "evaluation": {"models", "tasks"},
     "exhibits": {"paths", "records"},
     "experiments": {"definitions", "digests", "models", "params", "paths", "records"},
-    "workflow": {"assets", "closure", "definitions", "digests", "experiments", "params", "paths", "records"},
+    "workflow": {"assets", "definitions", "digests", "experiments", "params", "paths", "records"},
 }
 LIBRARY = {"losses", "adapters", "models", "tasks", "sampling", "vllm_sampling", "training", "evaluation"}
 BELOW_EXPERIMENTS = LIBRARY | {"assets", "experiments", "memory", "params", "seeding", "timing"}

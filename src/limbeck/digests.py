@@ -71,6 +71,12 @@ def reached(*names: str) -> set[Definition]:
     return set(_Closure([_named(name) for name in names], []).forms)
 
 
+def words(paper: str, experiment: str) -> set[str]:
+    """The words that an experiment's code says as text, such as the name of another whose checkpoints it reads."""
+    module = module_of(paper, experiment)
+    return _Closure([_named(f"{module}.{name}") for name in _ROOTS], []).words
+
+
 def everything() -> dict[str, dict[str, str]]:
     """The digests of the fetching of assets, of every experiment and of every notebook of a paper, by paper."""
     digests = {"assets": {"fetch": of_names("limbeck.assets._main")}}

@@ -49,11 +49,11 @@ def test_a_notebook_needs_exactly_one_parameters_cell():
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A root with a paper `toy` of one notebook, whose run reads nothing but itself and input.txt."""
+    """A root with a paper `toy` of one notebook, whose run reads nothing but input.txt."""
     for constant in ("DATA", "RESULTS", "NOTEBOOKS"):
         monkeypatch.setattr(paths, constant, tmp_path / constant.lower())
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    monkeypatch.setattr(stages, "inputs", lambda path, _: [path.relative_to(tmp_path).as_posix(), "input.txt"])
+    monkeypatch.setattr(stages, "inputs", lambda *_: {"input.txt": (tmp_path / "input.txt").read_text()})
     (tmp_path / "input.txt").write_text("one")
     (tmp_path / "notebooks" / "toy").mkdir(parents=True)
 

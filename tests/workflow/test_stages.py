@@ -1,5 +1,6 @@
 """What DVC would run: nothing after a commit, and after a change exactly what depends on it."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -13,18 +14,12 @@ import yaml
 from safetensors import safe_open
 
 import tree
-from limbeck import assets, paths
+from limbeck import assets, digests, paths
 from limbeck.workflow import stages
 
-LINES = {"sinkd-fig_toy_divergences", "sinkd-fig_gradient_shift"}
-ENCODERS = {"sinkd-table_encoder", "sinkd-fig_transport_plan", "sinkd-fig_permutation"}
-SINKD = LINES | ENCODERS
+SINKD = {f"sinkd-{name}" for name in digests.experiments("sinkd")} & set(stages.stages("${profile}"))
 KDRL = {"kdrl-fig_kl_gradients", "kdrl-table_starts", "kdrl-table_main"}
-DRAWN = {
-    "nola-table_text",
-    "nola-fig_pranc_loss",
-}  # tasks/classification.py draws their splits
-NOLA = DRAWN | {"nola-fig_rank", "nola-table_vision", "nola-table_storage"}
+NOLA = {"nola-table_text", "nola-fig_pranc_loss", "nola-fig_rank", "nola-table_vision", "nola-table_storage"}
 READERS = {"kdrl-fig_learning_curves", "kdrl-table_out_of_domain"}  # of table_main's records
 DRAW = SINKD | KDRL | NOLA | READERS
 
@@ -34,7 +29,7 @@ def training(names):
     return {f"{name}-train" for name in names}
 
 
-def test_the_committed_pipelines_are_those_that_the_notebooks_imports_and_params_give():
+def test_the_committed_pipelines_are_those_that_the_notebooks_code_and_params_give():
     for path, text in stages.texts().items():
         assert path.read_text() == text, "run `make pipeline`"
 
@@ -66,20 +61,23 @@ def test_a_section_needs_the_assets_that_it_names_at_any_depth():
     assert assets.named(stages._words(section)) == ["minilm", "topics", "vader"]
 
 
-def test_a_training_stage_never_depends_on_how_things_are_drawn():
-    for name, stage in stages.stages("${profile}").items():
-        drawn = {f"src/limbeck/{file}" for file in ("figures.py", "looks.py", "limbeck.mplstyle", "claims.py")}
-        assert drawn & set(stage["deps"]) == (set() if name.endswith("-train") else drawn)
+def test_a_stage_takes_its_own_digest_and_no_file_of_code():
+    for profile in ("${profile}", "full"):
+        for name, stage in stages.stages(profile).items():
+            paper, _, key = name.partition("-")
+            own = [f"{paper}.{key}", f"{paper}.train"] if name.endswith("-train") else [f"{paper}.{key}"]
+            assert stage["params"][0] == {"digests.json": own}
+            assert not [file for file in stage.get("deps", ()) if file.startswith(("src", "notebooks"))]
 
 
-def test_the_inputs_of_a_run_are_whole_files_that_exist():
-    for paper in stages.papers():
-        for experiment in stages.experiments(paper, "default"):
-            folder = paths.NOTEBOOKS / paper
-            found = stages.inputs(folder / "train.ipynb", {"experiment": experiment, "profile": "default"})
-            assert f"params/{paper}.yaml" in found
-            assert all((paths.ROOT / file).is_file() for file in found)
-            assert set(stages.checksums(found)) == set(found)
+def test_the_inputs_of_a_run_are_its_files_and_the_digests_of_its_code_and_notebook():
+    for notebook, parameters in (("train", {"experiment": "table_main"}), ("table_main", {})):
+        path = paths.NOTEBOOKS / "kdrl" / f"{notebook}.ipynb"
+        inputs = stages.inputs(path, parameters | {"profile": "default"})
+        read = "params/kdrl.yaml" if parameters else "results/default/kdrl/table_main.jsonl"
+        assert inputs[read] == hashlib.sha256((paths.ROOT / read).read_bytes()).hexdigest()
+        expected = digests.of_experiment("kdrl", "table_main") if parameters else digests.of_notebook(path)
+        assert inputs["code"] == expected
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +107,24 @@ def stale(root):
     }
 
 
+def digest(root):
+    """Bring the copy's digests up to date, as the first stage does."""
+    command = [sys.executable, "-m", "limbeck.digests"]
+    subprocess.run(command, cwd=root, env=tree.environment(root), check=True)
+
+
 def after(root, name, change):
-    """What `change` of a file's text makes stale; the file is put back."""
-    path = root / name
-    text = path.read_text()
+    """What `change` of a file's text makes stale but the digests themselves; the file is put back."""
+    path, written = root / name, root / "digests.json"
+    text, before = path.read_text(), written.read_text()
     try:
         path.write_text(change(text))
-        return stale(root)
+        if name.startswith(("src", "notebooks")):
+            digest(root)
+        return stale(root) - {"digests"}
     finally:
         path.write_text(text)
+        written.write_text(before)
 
 
 @pytest.mark.slow
@@ -133,16 +140,11 @@ def test_nothing_is_left_to_run_in_what_is_committed(copy):
     [
         ("src/limbeck/exhibits/palette.py", "#d55e00", "#d55e01", DRAW),
         ("src/limbeck/exhibits/figures.py", "#8a8a8a", "#8a8a8b", DRAW),
-        ("src/limbeck/limbeck.mplstyle", "font.size: 9", "font.size: 10", DRAW),
-        ("src/limbeck/losses/transport.py", "import math", "import math\n", training(SINKD)),
-        ("src/limbeck/tasks/multiwoz_acts.py", "import json", "import json\n", training(ENCODERS | DRAWN)),
+        ("src/limbeck/exhibits/limbeck.mplstyle", "font.size: 9", "font.size: 10", DRAW),
+        ("src/limbeck/losses/transport.py", "-600.0", "-601.0", training(SINKD)),
+        ("src/limbeck/tasks/chain_sum.py", "_POOL = 4", "_POOL = 5", training(KDRL) - {"kdrl-fig_kl_gradients-train"}),
+        ("src/limbeck/tasks/chain_sum.py", "# drawn examples", "# examples drawn", set()),
         ("params.yaml", "seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 2, 3, 4, 5]", training(SINKD | KDRL | NOLA)),
-        (
-            "src/limbeck/tasks/chain_sum.py",
-            "import reasoning_gym",
-            "import reasoning_gym\n",
-            training(KDRL) - {"kdrl-fig_kl_gradients-train"},
-        ),
         ("data/claims/sinkd.yaml", "id: encoder-kl-over-ce", "id: encoder-kl-before-ce", SINKD),
     ],
 )
@@ -168,7 +170,7 @@ def places():
     return [
         {
             name: {place for entry in stage["params"] for places in entry.values() for place in places}
-            for name, stage in pipeline.stages(profile).items()
+            for name, stage in stages.stages(profile).items()
         }
         for profile in ("${profile}", "full")
     ]
@@ -213,8 +215,8 @@ def test_a_changed_record_makes_stale_every_exhibit_that_reads_it(copy):
     assert after(copy, name, lambda text: text + " ") == {"kdrl-table_main", *READERS}
 
 
-def test_an_experiment_that_imports_another_depends_on_what_it_leaves():
-    deps = {name: stage["deps"] for name, stage in stages.stages("full").items()}
+def test_an_experiment_that_names_another_depends_on_what_it_leaves():
+    deps = {name: stage.get("deps", []) for name, stage in stages.stages("full").items()}
     left = "data/checkpoints/full/kdrl/table_starts"
     assert {name for name, files in deps.items() if left in files} == {"kdrl-ablations-train"}
 

@@ -59,8 +59,7 @@ def run(path: Path, given: dict[str, Any]) -> Path:
     notebook = nbformat.read(path, as_version=4)
     parameters = check_parameters(notebook, given)
     name = f"{parameters['experiment']}-{path.stem}" if "experiment" in parameters else path.stem
-    inputs = stages.inputs(path, parameters)
-    before = stages.checksums(inputs)
+    before = stages.inputs(path, parameters)
     raw = paths.DATA / "executed" / parameters["profile"] / path.parent.name / f"{name}.ipynb"
     raw.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
@@ -76,7 +75,7 @@ def run(path: Path, given: dict[str, Any]) -> Path:
         stderr_file=sys.stderr,
     )
     seconds = time.monotonic() - started
-    if changed := [file for file, checksum in stages.checksums(inputs).items() if before[file] != checksum]:
+    if changed := [name for name, checksum in stages.inputs(path, parameters).items() if before.get(name) != checksum]:
         raise ValueError(
             f"{', '.join(changed)} changed while {name} ran; its results may mix old and new: run it again"
         )

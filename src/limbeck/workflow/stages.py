@@ -1,9 +1,9 @@
 """The DVC pipelines, generated: `python -m limbeck.workflow.stages` writes dvc.yaml and pipelines/full/dvc.yaml.
 
-A stage a train notebook and experiment, and a stage an exhibit, which may read another's records. Code dependencies are
-the import closure; an experiment that imports another reads the files that it leaves. Of a notebook only the source of
-its code cells counts (DVC reads them as parameters), so that saving it in Jupyter makes nothing stale. Of params files
-only the sections a stage reads count.
+One stage writes `digests.json`, the hash of all code that an experiment or an exhibit depends on. Then there is one
+stage for each experiment, by its paper's train notebook, and one for each exhibit, which may read another's records;
+each takes its own digest as a parameter, so that moving code runs nothing again. Code that names another experiment
+reads the checkpoints that it leaves. Of params files only what a stage reads counts.
 """
 
 import hashlib
@@ -14,11 +14,12 @@ from typing import Any
 import nbformat
 import yaml
 
-from limbeck import assets, closure, params, paths, records
+from limbeck import assets, digests, params, paths, records
 
-_HEADER = "# Generated from the notebooks, their imports and params/ by `make pipeline`; a test holds it to them.\n"
+_HEADER = "# Generated from the notebooks, their code and params/ by `make pipeline`; a test holds it to them.\n"
 _READS = re.compile(r'records\.read\("\w+", "(\w+)", profile\)')
 _SHARED = ["device", "precision", "seeds", "threads"]
+_DIGESTS = digests.FILE.name
 
 
 def experiments(paper: str, profile: str) -> list[str]:
@@ -43,31 +44,18 @@ def source(notebook: Path) -> str:
     return named[1] if named else notebook.stem
 
 
-def code(notebook: Path, experiment: str | None = None) -> list[str]:
-    """The package files that a notebook's code cells import, to the end, and the experiment's if it runs one."""
-    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    modules = set().union(*(closure.imports(cell.source) for cell in cells))
-    if experiment:
-        modules.add(f"limbeck.experiments.{notebook.parent.name}.{experiment}")
-    files = closure.files(*modules)
-    style = [path.with_name("limbeck.mplstyle") for path in files if path.name == "figures.py"]
-    return sorted(_relative(path) for path in [*files, *style])
-
-
-def inputs(notebook: Path, parameters: dict[str, Any]) -> list[str]:
-    """Every file, relative to the root, that a run of the notebook reads."""
+def inputs(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of every file, relative to the root, that a run of the notebook reads, and the digest of its code."""
     paper, experiment = notebook.parent.name, parameters.get("experiment")
     if experiment:
-        read = ["params.yaml", f"params/{paper}.yaml"]
+        files = ["params.yaml", f"params/{paper}.yaml"]
+        code = digests.of_experiment(paper, experiment)
     else:
         file = records.path(paper, source(notebook), parameters["profile"])
-        read = [f"data/claims/{paper}.yaml", *([_relative(file)] if file.is_file() else [])]
-    return sorted([_relative(notebook), *code(notebook, experiment), *read])
-
-
-def checksums(files: list[str]) -> dict[str, str]:
-    """sha256 of each file, relative to the root."""
-    return {file: hashlib.sha256((paths.ROOT / file).read_bytes()).hexdigest() for file in files}
+        files = [f"data/claims/{paper}.yaml", *([_relative(file)] if file.is_file() else [])]
+        code = digests.of_notebook(notebook)
+    sums = {file: hashlib.sha256((paths.ROOT / file).read_bytes()).hexdigest() for file in files}
+    return {_relative(notebook): digests.of_notebook(notebook), "code": code} | sums
 
 
 def stages(profile: str) -> dict[str, Any]:
@@ -84,18 +72,16 @@ def stages(profile: str) -> dict[str, Any]:
 
 def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]:
     notebook = paths.NOTEBOOKS / paper / "train.ipynb"
-    files = code(notebook, experiment)
     needed = [f"data/raw/{asset}" for asset in assets.named(_words(params.section(paper, experiment, of)))]
-    for other in set(experiments(paper, of)) - {experiment}:
-        if f"src/limbeck/experiments/{paper}/{other}.py" in files:
-            needed.append(f"data/checkpoints/{profile}/{paper}/{other}")
+    named = digests.words(paper, experiment) & set(experiments(paper, of)) - {experiment}
+    needed += [f"data/checkpoints/{profile}/{paper}/{other}" for other in named]
     return {
         "cmd": f"python -m limbeck.workflow.notebooks {_relative(notebook)} experiment={experiment} profile={profile}",
-        "deps": sorted([*files, *needed]),
+        **({"deps": sorted(needed)} if needed else {}),
         "params": [
+            {_DIGESTS: [f"{paper}.{experiment}-train", f"{paper}.train"]},
             {"params.yaml": list(_SHARED)},
             {f"params/{paper}.yaml": _places(paper, experiment, profile)},
-            {_relative(notebook): _sources(notebook)},
         ],
         "outs": [
             {f"results/{profile}/{paper}/{experiment}.jsonl": {"cache": False, "persist": True}},
@@ -133,16 +119,10 @@ def _exhibit(notebook: Path, profile: str) -> dict[str, Any]:
     ]
     return {
         "cmd": f"python -m limbeck.workflow.notebooks {_relative(notebook)} profile={profile}",
-        "deps": sorted([*code(notebook), f"data/claims/{paper}.yaml", measured]),
-        "params": [{_relative(notebook): _sources(notebook)}],
+        "deps": sorted([f"data/claims/{paper}.yaml", measured]),
+        "params": [{_DIGESTS: [f"{paper}.{exhibit}"]}],
         "outs": [{out: {"cache": False}} for out in outs],
     }
-
-
-def _sources(notebook: Path) -> list[str]:
-    """The code cells' sources, as DVC names a place in a JSON file."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    return [f"cells.{index}.source" for index, cell in enumerate(cells) if cell.cell_type == "code"]
 
 
 def _relative(path: Path) -> str:
@@ -154,12 +134,18 @@ def texts() -> dict[Path, str]:
     fetched = [name for name, asset in assets.manifest().items() if not asset.on_request]
     prepare = {
         "cmd": "python -m limbeck.assets",
-        "deps": sorted(["data/assets.yaml", *map(_relative, closure.files("limbeck.assets"))]),
+        "deps": ["data/assets.yaml"],
+        "params": [{_DIGESTS: ["assets.fetch"]}],
         "outs": [{f"data/raw/{name}": {"persist": True}} for name in sorted(fetched)],
+    }
+    digest = {
+        "cmd": "python -m limbeck.digests",
+        "deps": ["notebooks", "src/limbeck"],
+        "outs": [{_DIGESTS: {"cache": False}}],
     }
     full = {name: {"wdir": "../.."} | stage for name, stage in stages("full").items()}
     return {
-        paths.ROOT / "dvc.yaml": _dump({"prepare": prepare} | stages("${profile}")),
+        paths.ROOT / "dvc.yaml": _dump({"digests": digest, "prepare": prepare} | stages("${profile}")),
         paths.ROOT / "pipelines" / "full" / "dvc.yaml": _dump(full),
     }
 
