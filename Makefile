@@ -15,7 +15,7 @@ STAGES = $(shell printf '%s\n' $(EXHIBITS) | \
 	sed -E 's|results/full/([^/]+)/|pipelines/full/dvc.yaml:\1-|; s|results/[^/]+/([^/]+)/|\1-|')
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test smoke figures full bench lab lint pipeline readme clean
+.PHONY: help reproduce test smoke figures full bench reseal lab lint pipeline readme clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -58,6 +58,10 @@ bench: $(READY)  ## time the losses and the loop against their alternatives, eac
 	python -m limbeck.workflow.notebooks notebooks/kdrl/table_efficiency.ipynb
 	python -m limbeck.workflow.notebooks notebooks/nola/table_cost.ipynb
 	python -m limbeck.exhibits.readme
+
+reseal: $(READY)  ## renew the records' hashes after a change of code that changes no number: shown here, to the bit
+	python -m limbeck.assets
+	python -m limbeck.reseal
 
 lab: $(READY)  ## JupyterLab on localhost
 	jupyter lab --ip=127.0.0.1 notebooks

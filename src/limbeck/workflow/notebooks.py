@@ -116,7 +116,7 @@ def _provenance(inputs: dict[str, str], seconds: float) -> str:
                 "seconds": round(seconds, 1),
                 "python": platform.python_version(),
                 "versions": {name: versions[name] for name in kept if name in versions},
-                "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+                "machine": machine(),
                 "inputs": inputs,
             },
             indent=1,
@@ -129,6 +129,11 @@ def _provenance(inputs: dict[str, str], seconds: float) -> str:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip()
+
+
+def machine() -> dict[str, Any]:
+    """What this machine is, as provenance has it."""
+    return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()}
 
 
 def _processor() -> str:
