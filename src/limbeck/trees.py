@@ -39,6 +39,7 @@ def worktree(commit: str) -> Iterator[Path]:
         tree = Path(folder).resolve() / commit[:12]
         git("worktree", "add", "--quiet", "--detach", str(tree), commit)
         raw = tree / "data" / "raw"
+        raw.parent.mkdir(exist_ok=True)
         raw.symlink_to((paths.DATA / "raw").resolve())
         try:
             yield tree
