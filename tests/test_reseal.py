@@ -153,6 +153,16 @@ def test_of_each_phase_one_cell_is_compared_the_one_whose_curve_tells_most(seale
     assert chosen == [next(iter(held)), list(held)[2]]  # nothing to train, and the most told of what was trained
 
 
+def test_a_cell_is_shown_the_committed_records_of_the_turns_before_its_own(tmp_path):
+    ledger = Ledger("sinkd", "table_encoder", "smoke")
+    cell = ledger.cells[-1]
+    kept = [{"cell": dict(sorted(other.coordinates.items())), "number": n} for n, other in enumerate(ledger.cells)]
+    names = {"paper": "sinkd", "experiment": "table_encoder", "profile": "smoke"}
+    asked = probe.Probe({**names, "folder": str(tmp_path), "records": kept})
+    shown = [record["number"] for record in asked._earlier("table_encoder", cell)]
+    assert shown == [n for n, other in enumerate(ledger.cells) if other.turn < cell.turn] != []
+
+
 def test_records_whose_parameters_changed_are_named_and_not_compared(sealed):
     assert reseal.changed_parameters(sealed) == []
     name = first(sealed)

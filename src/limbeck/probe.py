@@ -162,8 +162,8 @@ class Probe:
         """The records of earlier turns: those that the request has, else those of the cells that were run."""
         ledger = self.ledger(experiment)
         if experiment == self.request["experiment"] and self.request["records"] is not None:
-            earlier = {spelled(other.coordinates) for other in ledger.cells if wave(other) < wave(cell)}
-            return [record for record in self.request["records"] if spelled(record["cell"]) in earlier]
+            earlier = [other.coordinates for other in ledger.cells if wave(other) < wave(cell)]
+            return [record for record in self.request["records"] if record["cell"] in earlier]
         return [
             {"cell": other.coordinates, "params": other.inputs, **report}
             for other, report in self.measured.get(experiment, {}).values()
