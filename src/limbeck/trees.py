@@ -50,14 +50,18 @@ def worktree(commit: str) -> Iterator[Path]:
 
 def run(requests: dict[str, tuple[Path, Report]]) -> dict[str, int]:
     """Run the probe by the code of some trees at once; returns their exit statuses."""
-    started = {}
+    started: dict[str, subprocess.Popen] = {}
     for name, (tree, request) in requests.items():
         file = Path(request["folder"]) / "request.json"
         records.replace_text(file, json.dumps(request))
         variables = {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, "-P", probe.__file__, str(file)]
         started[name] = subprocess.Popen(command, cwd=tree, env=os.environ | variables)
-    return {name: process.wait() for name, process in started.items()}
+    try:
+        return {name: process.wait() for name, process in started.items()}
+    finally:
+        for process in started.values():
+            process.kill()
 
 
 def reports(folder: Path) -> dict[str, Report]:
