@@ -17,7 +17,8 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "timing": set(),
     "memory": set(),
     "params": {"paths"},
-    "records": {"paths"},
+    "awaiting": {"paths"},
+    "records": {"awaiting", "paths"},
     "assets": {"carriers", "paths"},
     "definitions": {"paths"},
     "normal_form": {"definitions"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "evaluation": {"models", "tasks"},
     "exhibits": {"paths", "records"},
     "experiments": {"definitions", "digests", "models", "params", "paths", "records"},
-    "workflow": {"assets", "definitions", "digests", "experiments", "params", "paths", "records"},
+    "workflow": {"assets", "awaiting", "definitions", "digests", "experiments", "params", "paths", "records"},
 }
 LIBRARY = {"losses", "adapters", "models", "tasks", "sampling", "vllm_sampling", "training", "evaluation"}
 BELOW_EXPERIMENTS = LIBRARY | {"assets", "experiments", "memory", "params", "seeding", "timing"}

@@ -9,13 +9,14 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from limbeck import paths
+from limbeck import awaiting, paths
 
 TYPES = {
     "paper": str,
@@ -91,9 +92,10 @@ def read_by_cell(file: Path) -> dict[frozenset, dict[str, Any]]:
 def read(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
     """Every record of one experiment, by the names of its cells: reordering cells changes no last bit of a mean.
 
-    Raises ValueError if there is none.
+    Says in a line where they are of earlier code. Raises ValueError if there is none.
     """
     file = path(paper, experiment, profile)
+    sys.stdout.write(awaiting.line(paper, experiment, profile))
     runs = sorted(read_by_cell(file).values(), key=lambda run: cell_name(run["cell"]))
     if not runs:
         raise ValueError(f"expected records in {file}, got none; `make reproduce` writes those of `default`")

@@ -162,6 +162,13 @@ class Ledger:
             self._list(self.settled() & {self.hash(cell) for cell in self.cells})
         shutil.rmtree(self.resume, ignore_errors=True)
 
+    def renew(self, hashes: dict[str, str]) -> None:
+        """Give the settled cells and the records that have these hashes their new ones: a reseal's last step."""
+        with self._merging():
+            self._list({hashes.get(one, one) for one in self.settled()})
+            measured = self.measured()
+            self._write({key: run | {"hash": hashes.get(run["hash"], run["hash"])} for key, run in measured.items()})
+
     def _merging(self) -> contextlib.AbstractContextManager[bool]:
         """The lock of whoever changes the file, on any device; it outlives `prune`."""
         return _lock(self.resume.with_name("merge.lock"), wait=True)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from limbeck import paths, probe, records
+from limbeck import paths, records
+from limbeck.workflow import probe
 
 _SHOWN = 3  # differences of a cell that are told
 Report = dict[str, Any]

@@ -1,10 +1,11 @@
 """Renew the hashes of records whose code changed and whose numbers did not: shown on this machine, to the bit.
 
-`python -m limbeck.reseal [--against COMMIT] [paper/experiment ...]`, or `make reseal` for all. The code of the records'
-commit, in a temporary worktree, and today's run side by side (`probe`): every cell of the smoke section whole, and one
-cell of each phase of the records' own section for its first steps, measured once. Where all that they measure and leave
-is equal, moments of the optimiser included, the experiment's hashes are renewed, and its provenance says so. Where not,
-the cells are named, and nothing of that experiment is renewed. What was found equal stands in data/resume/reseal.
+`python -m limbeck.workflow.reseal [--against COMMIT] [paper/experiment ...]`, or `make reseal` for all. The code of
+the records' commit, in a temporary worktree, and today's run side by side (`probe`): every cell of the smoke section
+whole, and one cell of each phase of the records' own section for its first steps, measured once. Where all that they
+measure and leave is equal, moments of the optimiser included, the experiment's hashes are renewed, and its provenance
+says so. Where not, the cells are named, and nothing of that experiment is renewed. What was found equal stands in
+data/resume/reseal.
 """
 
 import argparse
@@ -22,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from limbeck import notebooks, paths, pipeline, probe, records, trees
+from limbeck import awaiting, paths, records
 from limbeck.experiments.ledger import Ledger
+from limbeck.workflow import notebooks, probe, stages, trees
 
 FIRST = 10  # steps of a cell of the records' own section
 _PROFILES = ("default", "full")
@@ -56,7 +56,7 @@ class Sealed:
 
 def main(arguments: list[str]) -> int:
     """Reseal the named experiments, or all; the exit status is 1 if one was not."""
-    options = argparse.ArgumentParser(prog="limbeck.reseal")
+    options = argparse.ArgumentParser(prog="limbeck.workflow.reseal")
     options.add_argument("--against", help="a commit whose code gives the hashes that the records have")
     options.add_argument("experiments", nargs="*", help="paper/experiment; all of them if none is named")
     given = options.parse_args(arguments)
@@ -73,9 +73,7 @@ def main(arguments: list[str]) -> int:
 
 def _sealed(names: list[str]) -> Iterator[Sealed]:
     """The experiments with records that do not stand, but those that await a training."""
-    every = [
-        (profile, p, e) for profile in _PROFILES for p in pipeline.papers() for e in pipeline.experiments(p, profile)
-    ]
+    every = [(profile, p, e) for profile in _PROFILES for p in stages.papers() for e in stages.experiments(p, profile)]
     if unknown := sorted(set(names) - {f"{paper}/{experiment}" for _, paper, experiment in every}):
         raise ValueError(f"received {', '.join(unknown)}, expected paper/experiment")
     for profile, paper, experiment in every:
@@ -83,18 +81,10 @@ def _sealed(names: list[str]) -> Iterator[Sealed]:
             continue
         ledger = Ledger(paper, experiment, profile)
         sealed = Sealed(paper, experiment, profile, ledger, read_records(ledger))
-        if sealed.renewed and (paper, experiment) in awaiting():
+        if sealed.renewed and str(sealed) in awaiting.listed():
             _say(sealed, "awaits a training, skipped")
         elif sealed.renewed:
             yield sealed
-
-
-@functools.cache
-def awaiting() -> set[tuple[str, str]]:
-    """The experiments, by paper, whose records are known to be of earlier code."""
-    file = paths.DATA / "awaiting.yaml"
-    listed = (yaml.safe_load(file.read_text()) or {}) if file.is_file() else {}
-    return {(paper, experiment) for paper, experiments in listed.items() for experiment in experiments}
 
 
 def _reseal(sealed: Sealed, against: str | None, tree_of: Any) -> bool:
@@ -137,9 +127,8 @@ def changed_parameters(sealed: Sealed) -> list[str]:
 def _commit(sealed: Sealed, against: str | None, tree_of: Any) -> str | None:
     """The commit whose code gives the hashes that the records have: of a reseal, of their training, or their own."""
     provenance = _provenance(sealed)
-    written = [f"results/{sealed}", f"results/{sealed}.jsonl"]
     candidates = [entry["today"] for entry in reversed(provenance.get("resealed", []))]
-    candidates += [provenance.get("commit", ""), trees.git("log", "-1", "--format=%H", "--", *written)]
+    candidates += [provenance.get("commit", ""), trees.git("log", "-1", "--format=%H", "--", f"results/{sealed}.jsonl")]
     for commit in dict.fromkeys([against] if against else candidates):
         if trees.is_commit(commit) and _hashes_match(sealed, tree_of(commit)):
             return commit
@@ -233,11 +222,7 @@ def _renew(sealed: Sealed, commit: str, cells: dict[str, list[str]]) -> None:
     provenance["resealed"] = [*before, entry]
     records.replace_text(_provenance_file(sealed), json.dumps(provenance, indent=1, sort_keys=True) + "\n")
     renewed = {sealed.records[name]["hash"]: new for name, new in sealed.renewed.items()}
-    settled = sealed.ledger.checkpoints / "settled.json"
-    if settled.is_file():
-        hashes = sorted({renewed.get(old, old) for old in json.loads(settled.read_text())})
-        records.replace_text(settled, json.dumps(hashes, indent=1) + "\n")
-    replace_hashes(sealed.ledger, renewed)
+    sealed.ledger.renew(renewed)
 
 
 def _provenance_file(sealed: Sealed) -> Path:
@@ -251,20 +236,13 @@ def _provenance(sealed: Sealed) -> Record:
 
 def read_records(ledger: Ledger) -> dict[str, Record]:
     """The records of a ledger's cells, by the names of the cells."""
-    there = [cell for cell in ledger.cells if ledger.path(cell).is_file()]
-    return {probe.spelled(cell.coordinates): ledger.record(cell) for cell in there}
-
-
-def replace_hashes(ledger: Ledger, renewed: dict[str, str]) -> None:
-    """Give the records that have these hashes their new ones."""
-    for cell in filter(lambda cell: ledger.path(cell).is_file(), ledger.cells):
-        record = ledger.record(cell)
-        if record["hash"] in renewed:
-            records.write(ledger.path(cell), record | {"hash": renewed[record["hash"]]})
+    measured = ledger.measured()
+    there = {probe.spelled(c.coordinates): measured.get(records.cell_key(c.coordinates)) for c in ledger.cells}
+    return {name: record for name, record in there.items() if record}
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except ValueError as error:
-        sys.exit(f"limbeck.reseal: {error}")
+        sys.exit(f"limbeck.workflow.reseal: {error}")
