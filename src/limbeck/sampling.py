@@ -42,7 +42,7 @@ class Completions(NamedTuple):
 
     def rows(self) -> list[Tokens]:
         """The completions without padding."""
-        return [tuple(row[kept].tolist()) for row, kept in zip(self.tokens, self.mask, strict=True)]
+        return [tuple(row[row_mask].tolist()) for row, row_mask in zip(self.tokens, self.mask, strict=True)]
 
 
 @runtime_checkable
@@ -104,28 +104,28 @@ def choose(
 @torch.no_grad()
 def _decode(sampler: Sampled, prompts: Sequence[Tokens], uniforms: Tensor, group_size: int) -> Completions:
     """Prompts on the left of a common edge, then a token a step for all that have not ended."""
-    model, where = sampler.model, sampler.model.device
-    tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=where)
-    logprobs, mask = torch.zeros(uniforms.shape, device=where), torch.zeros_like(tokens, dtype=torch.bool)
-    ended = torch.zeros(len(uniforms), dtype=torch.bool, device=where)
-    ids, seen = padded(prompts, where, left=True)
+    model, device = sampler.model, sampler.model.device
+    tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
+    logprobs, mask = torch.zeros(uniforms.shape, device=device), torch.zeros_like(tokens, dtype=torch.bool)
+    ended = torch.zeros(len(uniforms), dtype=torch.bool, device=device)
+    ids, seen = padded(prompts, device, left=True)
     cache = DynamicCache(config=model.config)
-    with models.autocast(where, sampler.dtype):
+    with models.autocast(device, sampler.dtype):
         positions = (seen.cumsum(1) - 1).clamp_min(0)
         logits = _next(model, ids, seen, positions, cache).repeat_interleave(group_size, 0)
         cache.batch_repeat_interleave(group_size)
-        seen, alive = seen.repeat_interleave(group_size, 0), torch.arange(len(uniforms), device=where)
+        seen, alive = seen.repeat_interleave(group_size, 0), torch.arange(len(uniforms), device=device)
         for position in range(uniforms.shape[1]):
             chosen, chosen_logprobs = choose(logits, uniforms[alive, position], sampler.temperature)
             tokens[alive, position], logprobs[alive, position] = chosen, chosen_logprobs
             mask[alive, position] = True
-            going = chosen != sampler.end
-            ended[alive[~going]] = True
-            if not going.any() or position + 1 == uniforms.shape[1]:
+            unfinished = chosen != sampler.end
+            ended[alive[~unfinished]] = True
+            if not unfinished.any() or position + 1 == uniforms.shape[1]:
                 break
-            if not going.all():
-                alive, chosen, seen = alive[going], chosen[going], seen[going]
-                cache.batch_select_indices(going.nonzero()[:, 0])
+            if not unfinished.all():
+                alive, chosen, seen = alive[unfinished], chosen[unfinished], seen[unfinished]
+                cache.batch_select_indices(unfinished.nonzero()[:, 0])
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
             logits = _next(model, chosen[:, None], seen, seen.sum(1, keepdim=True) - 1, cache)
     longest = int(mask.sum(1).max())
@@ -141,8 +141,8 @@ def _next(model: Decoder, ids: Tensor, seen: Tensor, positions: Tensor, cache: D
 def padded(rows: Sequence[Tokens], device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids, padded with 0, and the mask of what is not padding, both int64 [row, longest]."""
     tensors = [torch.tensor([row, [1] * len(row)], dtype=torch.long).T for row in rows]
-    both = pad_sequence(tensors, batch_first=True, padding_side="left" if left else "right").to(device)
-    return both[..., 0], both[..., 1]
+    ids_and_mask = pad_sequence(tensors, batch_first=True, padding_side="left" if left else "right").to(device)
+    return ids_and_mask[..., 0], ids_and_mask[..., 1]
 
 
 def completion_logits(
@@ -164,10 +164,10 @@ def completion_logits(
     ids, seen = padded(rows, model.device)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     states = inner.base_model(input_ids=ids, attention_mask=None if bool(seen.all()) else seen).last_hidden_state
-    kept = padded(completions, model.device)[1].bool()
+    mask = padded(completions, model.device)[1].bool()
     starts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
-    owners, steps = kept.nonzero().T
-    return model.get_output_embeddings()(states[owners, starts[owners] + steps]).float() / temperature, kept
+    owners, steps = mask.nonzero().T
+    return model.get_output_embeddings()(states[owners, starts[owners] + steps]).float() / temperature, mask
 
 
 def completion_logprobs(

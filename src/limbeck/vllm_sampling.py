@@ -58,8 +58,8 @@ class VllmSampled:
         draws = [
             SamplingParams(**options, seed=int(seeding.bits(seed, "rollout", name, n=1)[0] >> 1)) for name in names
         ]
-        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        answers = _engine(self.model).generate(asked, draws, use_tqdm=False)
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        answers = _engine(self.model).generate(inputs, draws, use_tqdm=False)
         return _completions([output for answer in answers for output in answer.outputs], self.model.device)
 
 
@@ -87,11 +87,11 @@ def _engine(model: PreTrainedModel) -> Any:
 def _completions(outputs: list[Any], where: torch.device) -> Completions:
     """vLLM's outputs as rows, padded on the right."""
     rows = [torch.tensor(output.token_ids) for output in outputs]
-    said = [
-        torch.tensor([at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)])
+    logprobs = [
+        torch.tensor([top[token].logprob for token, top in zip(output.token_ids, output.logprobs, strict=True)])
         for output in outputs
     ]
     mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
-    padded = [pad_sequence(part, batch_first=True).to(where) for part in (rows, said)]
+    padded = [pad_sequence(part, batch_first=True).to(where) for part in (rows, logprobs)]
     ended = torch.tensor([output.finish_reason == "stop" for output in outputs], device=where)
     return Completions(padded[0], mask.to(where), padded[1], ended)

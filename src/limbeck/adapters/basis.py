@@ -75,16 +75,16 @@ class Stream:
 
     def draw(self, start: int, count: int) -> Float[Tensor, "count size"]:
         """Bases `start` to `start + count`, flat, of variance 1/3: one contiguous draw."""
-        each = _VALUES_PER_WORD[self.distribution]
-        words = _WORDS_PER_COUNTER * -(-self.size // (_WORDS_PER_COUNTER * each))  # of one basis
-        values = np.empty((count, words * each), np.float32)
+        per_word = _VALUES_PER_WORD[self.distribution]
+        words = _WORDS_PER_COUNTER * -(-self.size // (_WORDS_PER_COUNTER * per_word))  # of one basis
+        values = np.empty((count, words * per_word), np.float32)
         flat, parts = values.reshape(-1), range(start * words, (start + count) * words, _PART)
 
         def fill(begin: int) -> None:
             number = min(_PART, parts.stop - begin)
             drawn = bits(self.seed, "nola", self.key, self.factor, start=begin, n=number)
-            at = begin - parts.start
-            _values(drawn, self.distribution, flat[at * each : (at + number) * each])
+            offset = begin - parts.start
+            _values(drawn, self.distribution, flat[offset * per_word : (offset + number) * per_word])
 
         threads = torch.get_num_threads() if len(parts) > 1 else 1
         for _ in _pool(threads).map(fill, parts) if threads > 1 else map(fill, parts):
@@ -117,14 +117,14 @@ class Bank:
         """(start, bases) that cover 0 to `number`, on the device and in the dtype of `like`: all in one if kept."""
         name = (stream, number, like.device, like.dtype)
         parts = ((start, min(chunk_size, number - start)) for start in range(0, number, chunk_size))
-        kept, held = self.kept.get(name), sum(bases.nbytes for bases in tuple(self.kept.values()))
-        if kept is None and held + number * stream.size * like.element_size() <= budget:
-            kept = like.new_empty(number, stream.size)
+        cached, cached_bytes = self.kept.get(name), sum(bases.nbytes for bases in tuple(self.kept.values()))
+        if cached is None and cached_bytes + number * stream.size * like.element_size() <= budget:
+            cached = like.new_empty(number, stream.size)
             for start, count in parts:
-                kept[start : start + count] = self.draw(stream, start, count)
-            self.kept[name] = kept  # whole: an interrupt or another thread never meets half of it
-        if kept is not None:
-            yield 0, kept
+                cached[start : start + count] = self.draw(stream, start, count)
+            self.kept[name] = cached  # whole: an interrupt or another thread never meets half of it
+        if cached is not None:
+            yield 0, cached
         else:
             yield from ((start, self.draw(stream, start, count).to(like)) for start, count in parts)
 

@@ -27,11 +27,11 @@ def adapted(model: nn.Module, adapter_name: str) -> dict[str, NolaLayer]:
 
 def _streams(layers: dict[str, NolaLayer], adapter_name: str) -> dict[str, tuple[Stream, int]]:
     """Key in the file -> a stream of the adapter, and how many of its bases count."""
-    found = {}
+    streams_by_key = {}
     for factor in (factor for layer in layers.values() for factor in layer.nola_factors[adapter_name]):
         for number, streams in ((factor.number, factor.streams), (1, factor.fixed)):
-            found |= {f"{ROOT}basis.{stream.key}.{stream.factor}": (stream, number) for stream in streams}
-    return found
+            streams_by_key |= {f"{ROOT}basis.{stream.key}.{stream.factor}": (stream, number) for stream in streams}
+    return streams_by_key
 
 
 def _bytes(text: bytes) -> Tensor:
@@ -79,16 +79,16 @@ def _split(
         _require(f"shape of {ROOT}scales", tuple(scales.shape), (matrices, 2))
     for name in sorted(layers):
         layer, row = layers[name], entries[keys[name]]
-        wanted = [tuple(coefficients.shape) for coefficients in layer.coefficients(adapter_name)]
-        widths = [-(-number * bits // 8) if bits else number for _, number in wanted]
-        _require(f"shape of {keys[name]}", tuple(row.shape), (wanted[0][0], sum(widths)))
+        expected_shapes = [tuple(coefficients.shape) for coefficients in layer.coefficients(adapter_name)]
+        widths = [-(-number * bits // 8) if bits else number for _, number in expected_shapes]
+        _require(f"shape of {keys[name]}", tuple(row.shape), (expected_shapes[0][0], sum(widths)))
         parts = row.split(widths, 1)
         if bits:
-            mine, scales = scales[: len(row)], scales[len(row) :]
+            row_scales, scales = scales[: len(row)], scales[len(row) :]
             dtype = wide(layer.nola_coefficients_a[adapter_name].dtype)
             parts = [
                 dequantised(unpacked(part, bits, number), scale.cpu(), bits, dtype)
-                for part, (_, number), scale in zip(parts, wanted, mine.unbind(1), strict=True)
+                for part, (_, number), scale in zip(parts, expected_shapes, row_scales.unbind(1), strict=True)
             ]
         for part, coefficients in zip(NolaLayer.adapter_layer_names, parts, strict=True):
             yield f"{name}.{part}.{adapter_name}", coefficients
@@ -119,17 +119,17 @@ def from_file(
     layers = adapted(model, adapter_name)
     streams = _streams(layers, adapter_name)
     prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
-    plain = {key: key.removeprefix(PREFIX) for key in state_dict}  # transformers puts the prefix before our own keys
-    state_dict = {plain[key] if plain[key].startswith(ROOT) else key: value for key, value in state_dict.items()}
+    bare = {key: key.removeprefix(PREFIX) for key in state_dict}  # transformers puts the prefix before our own keys
+    state_dict = {bare[key] if bare[key].startswith(ROOT) else key: value for key, value in state_dict.items()}
     keys = {name: f"{prefix}{name.removeprefix(PREFIX)}.nola_coefficients" for name in layers}
-    own = {*keys.values(), *(f"{ROOT}{name}" for name in ("seed", "generator", "checksum"))}
-    own |= {f"{ROOT}scales"} if config.quant_bits else set()
-    own |= set(streams) if config.save_basis else set()
-    known = {key.removeprefix(PREFIX) for key in model.state_dict()}
-    rest = {key: value for key, value in state_dict.items() if key not in own}
-    unexpected = sorted(key for key in rest if key.removeprefix(PREFIX) not in known)
-    if unexpected or own - set(state_dict):
-        missing = sorted(own - set(state_dict))
+    expected_keys = {*keys.values(), *(f"{ROOT}{name}" for name in ("seed", "generator", "checksum"))}
+    expected_keys |= {f"{ROOT}scales"} if config.quant_bits else set()
+    expected_keys |= set(streams) if config.save_basis else set()
+    model_keys = {key.removeprefix(PREFIX) for key in model.state_dict()}
+    other_entries = {key: value for key, value in state_dict.items() if key not in expected_keys}
+    unexpected = sorted(key for key in other_entries if key.removeprefix(PREFIX) not in model_keys)
+    if unexpected or expected_keys - set(state_dict):
+        missing = sorted(expected_keys - set(state_dict))
         raise ValueError(f"received an adapter without {missing} and with {unexpected}, expected just the model's keys")
     given = _verified(state_dict, config, streams)
     coefficients = dict(_split(state_dict, keys, layers, adapter_name, config.quant_bits))
@@ -137,4 +137,4 @@ def from_file(
         bank = Bank(given)  # other adapters of the model go on with the bases of their seeds
         for factor in (factor for layer in layers.values() for factor in layer.nola_factors[adapter_name]):
             factor.take_from(bank)
-    return rest | coefficients
+    return other_entries | coefficients

@@ -109,8 +109,8 @@ class Factor:
         """<grad, basis_i> / sqrt(k): what reaches the coefficients."""
         with torch.autocast(grad.device.type, enabled=False):
             flat = grad.flatten(1).to(wide(grad.dtype)) * self.number**-0.5
-            found = flat.new_empty(len(flat), self.number)
+            contracted = flat.new_empty(len(flat), self.number)
             for rows, start, bases in self._bases(self.streams, self.number, flat):
-                found[rows, start : start + len(bases)] = flat[rows] @ bases.T
+                contracted[rows, start : start + len(bases)] = flat[rows] @ bases.T
                 del bases
-        return found.to(grad.dtype)
+        return contracted.to(grad.dtype)

@@ -25,14 +25,14 @@ def _factors(layer: NolaLayer, adapter_name: str, key: str) -> tuple[Tensor, Ten
     a, b = layer.built(adapter_name)
     blank = torch.zeros_like(b)
     columns = [[b[i] if i == j else blank[i] for j in range(len(b))] for i in range(len(b))]
-    right = torch.cat([layer.side_by_side(row, adapter_name) for row in columns])
+    stacked_b = torch.cat([layer.side_by_side(row, adapter_name) for row in columns])
     base = layer.get_base_layer()
     if not isinstance(base, nn.Conv2d):
-        return a.transpose(1, 2).flatten(0, 1).contiguous(), right.t().contiguous()
+        return a.transpose(1, 2).flatten(0, 1).contiguous(), stacked_b.t().contiguous()
     if base.padding_mode != "zeros" or set(base.dilation) != {1}:
         raise ValueError(f"received {key}: {base}, expected padding by zeros and no dilation, the only ones of LoRA")
     kernel = a[0].t().reshape(-1, *base.weight.shape[1:])
-    return kernel.contiguous(), right.t()[:, :, None, None].contiguous()
+    return kernel.contiguous(), stacked_b.t()[:, :, None, None].contiguous()
 
 
 def to_lora(model: PeftModel, adapter_name: str = "default") -> tuple[dict[str, Tensor], LoraConfig]:

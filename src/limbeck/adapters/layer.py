@@ -72,12 +72,12 @@ class NolaLayer(nn.Module, BaseTunerLayer):
             keys = ["x".join(map(str, shape))] * len(names) if config.share_basis else names
             return tuple(Stream(config.basis_seed, key, factor, shape, distribution) for key in keys)
 
-        left, right = (self.in_features, config.r), (config.r, width)
+        shape_a, shape_b = (self.in_features, config.r), (config.r, width)
         options = {"bits": config.quant_bits, "chunk_size": config.chunk_size, "budget": config.cache_bytes}
-        fixed = streams("A0", left, "uniform") if config.init == "noop" else ()
+        fixed = streams("A0", shape_a, "uniform") if config.init == "noop" else ()
         return (
-            Factor(bank, streams("A", left, config.basis_distribution), config.numbers[0], fixed=fixed, **options),
-            Factor(bank, streams("B", right, config.basis_distribution), config.numbers[1], **options),
+            Factor(bank, streams("A", shape_a, config.basis_distribution), config.numbers[0], fixed=fixed, **options),
+            Factor(bank, streams("B", shape_b, config.basis_distribution), config.numbers[1], **options),
         )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -85,8 +85,8 @@ class NolaLayer(nn.Module, BaseTunerLayer):
         device = device or self.get_base_layer().weight.device
         for coefficients in (self.nola_coefficients_a, self.nola_coefficients_b):
             if adapter_name in coefficients and coefficients[adapter_name].device.type != "meta":
-                mine = coefficients[adapter_name]
-                coefficients[adapter_name] = nn.Parameter(mine.to(device), requires_grad=mine.requires_grad)
+                parameter = coefficients[adapter_name]
+                coefficients[adapter_name] = nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad)
 
     def release_bases(self) -> None:
         """Let go of the bases in memory; they come back when they are needed."""
@@ -110,8 +110,8 @@ class NolaLayer(nn.Module, BaseTunerLayer):
         blocks = self.blocks[adapter_name]
         if blocks is None:
             return columns[0]
-        found = dict(zip(blocks, columns, strict=True))
-        return torch.cat([found.get(block, torch.zeros_like(columns[0])) for block in BLOCKS], -1)
+        columns_by_block = dict(zip(blocks, columns, strict=True))
+        return torch.cat([columns_by_block.get(block, torch.zeros_like(columns[0])) for block in BLOCKS], -1)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Delta W as the layer stores its weight, in float32 or wider."""

@@ -47,12 +47,12 @@ def quantised(values: Float[Tensor, "vector n"], bits: int | None) -> Float[Tens
 def packed(numbers: Int8[Tensor, "vector n"], bits: int) -> UInt8[Tensor, "vector bytes"]:
     """n + L in `bits` bits each, the highest first, one after another."""
     offset = (numbers.to(torch.int16) + 2 ** (bits - 1) - 1).to(torch.uint8).cpu().numpy()
-    each = np.unpackbits(offset[:, :, None], axis=2)[:, :, 8 - bits :]
-    return torch.from_numpy(np.packbits(each.reshape(len(offset), -1), axis=1))
+    digits = np.unpackbits(offset[:, :, None], axis=2)[:, :, 8 - bits :]
+    return torch.from_numpy(np.packbits(digits.reshape(len(offset), -1), axis=1))
 
 
 def unpacked(data: UInt8[Tensor, "vector bytes"], bits: int, number: int) -> Int8[Tensor, "vector n"]:
     """What `packed` was given."""
-    each = np.unpackbits(data.cpu().numpy(), axis=1)[:, : number * bits].reshape(len(data), number, bits)
-    offset = np.packbits(np.pad(each, ((0, 0), (0, 0), (8 - bits, 0))), axis=2)[:, :, 0]
+    digits = np.unpackbits(data.cpu().numpy(), axis=1)[:, : number * bits].reshape(len(data), number, bits)
+    offset = np.packbits(np.pad(digits, ((0, 0), (0, 0), (8 - bits, 0))), axis=2)[:, :, 0]
     return torch.from_numpy(offset.astype(np.int16) - (2 ** (bits - 1) - 1)).to(torch.int8)

@@ -43,16 +43,16 @@ def encode(
     Every answer ends in `end`: an encoder-decoder's end token, or nothing.
     Raises ValueError for an empty prompt, or where one answer is the beginning of another.
     """
-    known: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
+    encoded: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
     questions = []
     for example in examples:
-        if example.choices not in known:
-            known[example.choices] = tuple((*ids, *end) for ids in _ids(tokenizer, example.choices))
-            _require_distinct(known[example.choices], example.choices)
+        if example.choices not in encoded:
+            encoded[example.choices] = tuple((*ids, *end) for ids in _ids(tokenizer, example.choices))
+            _require_distinct(encoded[example.choices], example.choices)
         (prompt,) = _ids(tokenizer, [example.prompt])
         if not prompt:
             raise ValueError(f"expected a prompt of at least one token, got {example.prompt!r}")
-        questions.append(Question(prompt[-longest:], known[example.choices], example.answer))
+        questions.append(Question(prompt[-longest:], encoded[example.choices], example.answer))
     return questions
 
 
@@ -87,12 +87,12 @@ def predictions(model: PreTrainedModel, questions: Sequence[Question], dtype: to
 
     A prompt is read once, and every distinct beginning of its answers once after it.
     """
-    found = torch.empty(len(questions), dtype=torch.long)
+    best = torch.empty(len(questions), dtype=torch.long)
     for rows in _batches(questions):
         with models.autocast(model.device, dtype):
             scores = _scores(model, [questions[row] for row in rows])
-        found[rows] = torch.tensor([score.index(max(score)) for score in scores])
-    return found
+        best[rows] = torch.tensor([score.index(max(score)) for score in scores])
+    return best
 
 
 @torch.inference_mode()
@@ -101,12 +101,12 @@ def all_states(
 ) -> Float[Tensor, "question time width"]:
     """`answer_states` of many questions, in float32 on the CPU."""
     longest = max(len(question.right) for question in questions)
-    found = torch.zeros(len(questions), longest, head(model).in_features)
+    padded_states = torch.zeros(len(questions), longest, head(model).in_features)
     for rows in _batches(questions):
         with models.autocast(model.device, dtype):
             states = answer_states(model, [questions[row] for row in rows])
-        found[rows, : states.shape[1]] = states.float().cpu()
-    return found
+        padded_states[rows, : states.shape[1]] = states.float().cpu()
+    return padded_states
 
 
 def _batches(questions: Sequence[Question]) -> list[list[int]]:
@@ -123,12 +123,12 @@ def _scores(model: PreTrainedModel, questions: Sequence[Question]) -> list[list[
         for choice in question.choices
         for k in range(len(choice))
     ]
-    beginnings = {beginning: place for place, beginning in enumerate(dict.fromkeys(where for where, _ in steps))}
+    beginnings = {key: place for place, key in enumerate(dict.fromkeys(key for key, _ in steps))}
     owners = torch.tensor([row for row, _ in beginnings], device=model.device)
     states = _states(model, [q.prompt for q in questions], owners, [tokens for _, tokens in beginnings])
     last = torch.tensor([len(tokens) for _, tokens in beginnings])
     logits = head(model)(states[torch.arange(len(last)), last]).float()
-    places, tokens = (list(x) for x in zip(*((beginnings[where], token) for where, token in steps), strict=True))
+    places, tokens = (list(x) for x in zip(*((beginnings[key], token) for key, token in steps), strict=True))
     values = iter((logits[places, tokens] - logits.logsumexp(-1)[places]).tolist())
     return [[sum(next(values) for _ in choice) for choice in question.choices] for question in questions]
 
@@ -169,12 +169,12 @@ def _states(
 @contextlib.contextmanager
 def _without_head(model: PreTrainedModel) -> Iterator[None]:
     """The model's logits are its states for a while."""
-    kept = head(model)
+    original_head = head(model)
     model.set_output_embeddings(nn.Identity())
     try:
         yield
     finally:
-        model.set_output_embeddings(kept)
+        model.set_output_embeddings(original_head)
 
 
 def _padded(rows: Sequence[Tokens], device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -182,6 +182,6 @@ def _padded(rows: Sequence[Tokens], device: torch.device, *, left: bool = False)
     longest = max(map(len, rows))
     ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
     for row, tokens in enumerate(rows):
-        kept = slice(longest - len(tokens), longest) if left else slice(len(tokens))
-        ids[row, kept], mask[row, kept] = torch.tensor(tokens, dtype=torch.long), 1
+        columns = slice(longest - len(tokens), longest) if left else slice(len(tokens))
+        ids[row, columns], mask[row, columns] = torch.tensor(tokens, dtype=torch.long), 1
     return ids.to(device), mask.to(device)

@@ -26,33 +26,33 @@ def forward(
     """The outputs of some rows; matrix products in `dtype` (autocast where it is not float32)."""
     ids, mask = (x.to(model.device) for x in data.rows(rows))
     with models.autocast(model.device, dtype):
-        found = model(input_ids=ids, attention_mask=mask, output_hidden_states=states)
-    firsts = torch.stack([layer[:, 0].float() for layer in found.hidden_states[1:]]) if states else None
-    return Outputs(found.logits.float(), firsts)
+        outputs = model(input_ids=ids, attention_mask=mask, output_hidden_states=states)
+    firsts = torch.stack([layer[:, 0].float() for layer in outputs.hidden_states[1:]]) if states else None
+    return Outputs(outputs.logits.float(), firsts)
 
 
 @torch.inference_mode()
 def all_rows(model: PreTrainedModel, data: Encoded, dtype: torch.dtype, *, states: bool = False) -> Outputs:
     """The outputs of every row, on the CPU; batches are of like length, so that little is padding."""
     order = torch.argsort(data.lengths, stable=True)
-    found = [forward(model, data, rows, dtype, states=states) for rows in torch.split(order, _BATCH)]
+    outputs = [forward(model, data, rows, dtype, states=states) for rows in torch.split(order, _BATCH)]
     back = torch.argsort(order)
-    logits = torch.cat([part.logits.cpu() for part in found])[back]
-    return Outputs(logits, torch.cat([part.states.cpu() for part in found], 1)[:, back] if states else None)
+    logits = torch.cat([part.logits.cpu() for part in outputs])[back]
+    return Outputs(logits, torch.cat([part.states.cpu() for part in outputs], 1)[:, back] if states else None)
 
 
-def accuracy(found: Float[Tensor, "row classes"], labels: Int[Tensor, " row"]) -> float:
+def accuracy(class_logits: Float[Tensor, "row classes"], labels: Int[Tensor, " row"]) -> float:
     """The share of rows whose largest logit is the label's, in [0, 1]."""
-    return (found.argmax(-1) == labels).double().mean().item()
+    return (class_logits.argmax(-1) == labels).double().mean().item()
 
 
-def score(metric: str, found: Float[Tensor, "row classes"], labels: Int[Tensor, " row"]) -> float:
+def score(metric: str, class_logits: Float[Tensor, "row classes"], labels: Int[Tensor, " row"]) -> float:
     """How right the largest logits are: accuracy, Matthews correlation in [-1, 1], or F1 of class 1 of two classes."""
     if metric == "accuracy":
-        return accuracy(found, labels)
+        return accuracy(class_logits, labels)
     from sklearn.metrics import f1_score, matthews_corrcoef  # noqa: PLC0415  (a second to import, for two GLUE tasks)
 
     scores = {"matthews": matthews_corrcoef, "f1": f1_score}
     if metric not in scores:
         raise ValueError(f"received metric {metric!r}, expected accuracy or one of {sorted(scores)}")
-    return float(scores[metric](labels.numpy(), found.argmax(-1).numpy()))
+    return float(scores[metric](labels.numpy(), class_logits.argmax(-1).numpy()))

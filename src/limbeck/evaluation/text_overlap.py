@@ -17,7 +17,7 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """
     _check(texts, references)
     most = max(map(len, references))
-    streams = [[found[at] if at < len(found) else None for found in references] for at in range(most)]
+    streams = [[group[index] if index < len(group) else None for group in references] for index in range(most)]
     return BLEU().corpus_score(list(texts), streams).score
 
 
@@ -26,8 +26,8 @@ def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     _check(texts, references)
     scorer = RougeScorer(["rougeL"])
     best = [
-        max(scorer.score(reference, text)["rougeL"].fmeasure for reference in found)
-        for text, found in zip(texts, references, strict=True)
+        max(scorer.score(reference, text)["rougeL"].fmeasure for reference in group)
+        for text, group in zip(texts, references, strict=True)
     ]
     return 100 * sum(best) / len(best)
 
@@ -39,5 +39,5 @@ def overlaps(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[
 
 def _check(texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not texts or len(texts) != len(references) or not all(references):
-        received = f"{len(texts)} texts and {[len(found) for found in references]} references"
+        received = f"{len(texts)} texts and {[len(group) for group in references]} references"
         raise ValueError(f"received {received}, expected texts, and at least one reference for each")

@@ -91,10 +91,10 @@ def _measure(rule: Mapping[str, Any], frame: pd.DataFrame) -> np.ndarray | None:
     """The statistic of a rule, one number a replicate (for `exact`, a row); None where an arm was not run."""
     terms, metric, replicate = rules.terms(rule), rule["metric"], rule.get("replicate", "seed")
     sides = [term for term in terms if isinstance(term, Mapping)]
-    named = {replicate, *(name for side in sides for name in side)}
-    if missing := sorted({metric, *named} - set(frame.columns)):
+    named_columns = {replicate, *(name for side in sides for name in side)}
+    if missing := sorted({metric, *named_columns} - set(frame.columns)):
         raise ValueError(f"expected {', '.join(missing)} among the columns, got {', '.join(frame.columns)}")
-    others = [name for name in frame.columns if "/" not in name and name not in named]
+    others = [name for name in frame.columns if "/" not in name and name not in named_columns]
     parts = [_select(frame.dropna(subset=[metric, replicate]), side) for side in sides]
     if any(part.empty for part in parts):
         return None

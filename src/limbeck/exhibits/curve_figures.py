@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 _KEYS_A_ROW = 4
 
 
-def curve_panels(found: Mapping[str, Mapping[str, "Curve"]], *, title: str, columns: int = 2) -> Figure:
+def curve_panels(panels: Mapping[str, Mapping[str, "Curve"]], *, title: str, columns: int = 2) -> Figure:
     """One panel a name: a line an arm through its means, with its intervals as a band; one key below all.
 
-    `found` is name -> arm -> points (x, estimate of y); names carry what is on both axes, with units. A curve of one
+    `panels` is name -> arm -> points (x, estimate of y); names carry what is on both axes, with units. A curve of one
     run has no band. Raises ValueError for an arm without a look.
     """
-    arms = list(dict.fromkeys(arm for curves in found.values() for arm in curves))
+    arms = list(dict.fromkeys(arm for curves in panels.values() for arm in curves))
     keys = figures.LEADING * ((len(arms) - 1) // _KEYS_A_ROW)
     margins = {"height": 2.3, "left": 0.55, "bottom": 0.75 + keys, "extra": keys}
-    figure, axes = figures.panels(len(found), title=title, columns=columns, shared=False, **margins)
+    figure, axes = figures.panels(len(panels), title=title, columns=columns, shared=False, **margins)
     with figures.style():
-        for axis, (name, curves) in zip(axes, found.items(), strict=True):
+        for axis, (name, curves) in zip(axes, panels.items(), strict=True):
             for arm, points in curves.items():
                 _curve(axis, arm, points)
             axis.set_title(name)
@@ -45,11 +45,11 @@ def _curve(axes: Axes, arm: str, points: "Curve") -> None:
         axes.fill_between(places, low, high, color=shape.colour, alpha=0.15, linewidth=0)
 
 
-def front(found: Mapping[str, tuple["Estimate", "Estimate"]], *, title: str, xlabel: str, ylabel: str) -> Figure:
+def front(points: Mapping[str, tuple["Estimate", "Estimate"]], *, title: str, xlabel: str, ylabel: str) -> Figure:
     """Two estimates an arm as a cross of intervals, with the arm's marker where the means meet."""
     figure, (axes,) = figures.panels(1, title=title, height=3.6, left=0.75, bottom=1.15)
     with figures.style():
-        for arm, (x, y) in found.items():
+        for arm, (x, y) in points.items():
             shape = look(arm)
             spread = {
                 f"{name}err": [[value.mean - value.low], [value.high - value.mean]]

@@ -134,7 +134,7 @@ def decided(estimates: Mapping[str, "Estimate"]) -> str:
 
 
 def interval_panels(
-    found: Mapping[str, Mapping[str, "Estimate"]],
+    parts: Mapping[str, Mapping[str, "Estimate"]],
     *,
     title: str,
     xlabel: str,
@@ -146,16 +146,16 @@ def interval_panels(
 
     Raises ValueError if the panels have other arms, or the same in another order: the names would be wrong.
     """
-    if len(orders := {tuple(estimates) for estimates in found.values()}) > 1:
+    if len(orders := {tuple(estimates) for estimates in parts.values()}) > 1:
         raise ValueError(f"received panels with arms {sorted(orders)}, expected the same in the same order")
-    rows, arms = -(-len(found) // columns), len(*orders)
-    every = {f"{name}, {arm}": estimate for name, part in found.items() for arm, estimate in part.items()}
+    rows, arms = -(-len(parts) // columns), len(*orders)
+    named = {f"{name}, {arm}": estimate for name, part in parts.items() for arm, estimate in part.items()}
     figure, axes = panels(
-        len(found), title=title, columns=columns, height=0.3 * arms + (0.9 if rows > 1 else 1.4), left=2.0, bottom=0.8
+        len(parts), title=title, columns=columns, height=0.3 * arms + (0.9 if rows > 1 else 1.4), left=2.0, bottom=0.8
     )
-    for axis, (name, estimates) in zip(axes, found.items(), strict=True):
+    for axis, (name, estimates) in zip(axes, parts.items(), strict=True):
         interval_plot(axis, estimates, xlabel=xlabel, points=points[name], title=name)
-        axis.texts[0].set(text=_caption(every), visible=axis is axes[(rows - 1) * columns])
+        axis.texts[0].set(text=_caption(named), visible=axis is axes[(rows - 1) * columns])
         axis.set_xlabel(xlabel if axis in axes[-columns:] else "")
         if zero:
             axis.axvline(0, color=GREY, linewidth=1.0, zorder=1)
@@ -163,7 +163,7 @@ def interval_panels(
 
 
 def response_panels(
-    found: Mapping[str, Mapping[str, Mapping[float, "Estimate"]]],
+    groups: Mapping[str, Mapping[str, Mapping[float, "Estimate"]]],
     *,
     title: str,
     ylabel: str,
@@ -172,13 +172,13 @@ def response_panels(
 ) -> Figure:
     """One panel a name: a line an arm over the values of one setting, equally spaced in their order, with intervals.
 
-    `found` is name -> arm -> value -> estimate. With `zero`, no difference is marked and all panels have one scale.
+    `groups` is name -> arm -> value -> estimate. With `zero`, no difference is marked and all panels have one scale.
     """
-    keys = LEADING * ((max(map(len, found.values())) - 1) // 3)  # lines but the first
+    keys = LEADING * ((max(map(len, groups.values())) - 1) // 3)  # lines but the first
     margins = {"height": 2.1, "left": 0.75, "bottom": 0.75 + keys, "extra": keys}
-    figure, axes = panels(len(found), title=title, columns=columns, shared=False, **margins)
+    figure, axes = panels(len(groups), title=title, columns=columns, shared=False, **margins)
     with style():
-        for axis, (name, arms) in zip(axes, found.items(), strict=True):
+        for axis, (name, arms) in zip(axes, groups.items(), strict=True):
             for arm, estimates in arms.items():
                 _response(axis, look(arm), list(estimates.values()))
             ticks = [f"{value:g}" for value in next(iter(arms.values()))]
@@ -203,12 +203,12 @@ def _response(axes: Axes, shape: Look, estimates: Sequence["Estimate"]) -> None:
 
 
 def heat_panels(
-    found: Mapping[str, Sequence[float]], *, title: str, xlabel: str, ylabel: str, edges: Mapping[str, Sequence[int]]
+    matrices: Mapping[str, Sequence[float]], *, title: str, xlabel: str, ylabel: str, edges: Mapping[str, Sequence[int]]
 ) -> Figure:
     """Square matrices, flat and row by row, as shades, each on its own scale from 0; `edges` end a name's groups."""
-    figure, axes = panels(len(found), columns=2, height=3.1, left=0.45, bottom=0.6, title=title, shared=False)
+    figure, axes = panels(len(matrices), columns=2, height=3.1, left=0.45, bottom=0.6, title=title, shared=False)
     with style():
-        for axis, (name, values) in zip(axes, found.items(), strict=True):
+        for axis, (name, values) in zip(axes, matrices.items(), strict=True):
             side = math.isqrt(len(values))
             shade = axis.imshow(np.reshape(values, (side, side)), cmap="cividis", vmin=0, interpolation="nearest")
             figure.colorbar(shade, ax=axis, shrink=0.85)

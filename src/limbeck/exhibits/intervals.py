@@ -111,9 +111,9 @@ def gains(frame: pd.DataFrame, metric: str, *, reference: str, by: str) -> dict[
     return {group: {arm: part[arm].dropna().tolist() for arm in arms} for group, part in groups.items()}
 
 
-def estimates(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Estimate]]:
+def estimates(differences: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, Estimate]]:
     """`mean_interval` of every list of `gains`."""
-    return {group: {arm: mean_interval(values) for arm, values in arms.items()} for group, arms in found.items()}
+    return {group: {arm: mean_interval(values) for arm, values in arms.items()} for group, arms in differences.items()}
 
 
 def responses(
@@ -125,14 +125,14 @@ def responses(
     """
     at_centre = frame[frame["axis"] == "centre"]
     base = at_centre[at_centre["arm"] == reference].set_index("seed")[metric]
-    found: dict[str, dict[str, dict[float, Estimate]]] = {}
+    estimates_by_axis: dict[str, dict[str, dict[float, Estimate]]] = {}
     for axis, value in centre.items():
         part = frame[frame["axis"] == axis]
         part = pd.concat([part, at_centre[at_centre["arm"].isin(part["arm"])].assign(value=value)])
         for (arm, setting), group in part.groupby(["arm", "value"]):
             gain = (group.set_index("seed")[metric] - base).dropna().tolist()
-            found.setdefault(axis, {}).setdefault(arm, {})[setting] = mean_interval(gain)
-    return found
+            estimates_by_axis.setdefault(axis, {}).setdefault(arm, {})[setting] = mean_interval(gain)
+    return estimates_by_axis
 
 
 def summarise(frame: pd.DataFrame, *, by: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ def curves(frame: pd.DataFrame, metric: str, *, over: str) -> dict[str, list[tup
 
     `frame` is that of `records.curves`. Windows in which an arm was not measured have no point.
     """
-    found: dict[str, list[tuple[float, Estimate]]] = {}
+    points: dict[str, list[tuple[float, Estimate]]] = {}
     for (arm, _), part in frame.dropna(subset=[metric]).groupby(["arm", "window"], sort=False):
-        found.setdefault(arm, []).append((float(part[over].mean()), mean_interval(part[metric].tolist())))
-    return found
+        points.setdefault(arm, []).append((float(part[over].mean()), mean_interval(part[metric].tolist())))
+    return points

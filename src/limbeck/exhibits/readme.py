@@ -26,8 +26,8 @@ def rewrite(path: Path) -> None:
         raise ValueError(
             f"expected {BEGIN} and then {END} once in {path}, got them {text.count(BEGIN)} and {text.count(END)} times"
         )
-    before, rest = text.split(BEGIN)
-    content = f"{before}{BEGIN}\n\n{sections()}\n\n{END}{rest.split(END)[1]}"
+    before, after = text.split(BEGIN)
+    content = f"{before}{BEGIN}\n\n{sections()}\n\n{END}{after.split(END)[1]}"
     if content != text:
         records.replace_text(path, content)
 
@@ -44,8 +44,8 @@ def sections() -> str:
 
 def _files(paper: str, suffix: str) -> list[Path]:
     """Files of a paper, by exhibit and then by profile."""
-    found = [file for profile in PROFILES for file in sorted((paths.RESULTS / profile / paper).glob(f"*.{suffix}"))]
-    return sorted(found, key=lambda file: file.stem)
+    files = [file for profile in PROFILES for file in sorted((paths.RESULTS / profile / paper).glob(f"*.{suffix}"))]
+    return sorted(files, key=lambda file: file.stem)
 
 
 def _table(exhibits: Iterable[Mapping[str, Any]]) -> str:

@@ -67,8 +67,8 @@ class Block(nn.Module):
         """The block's output; the projection has no activation."""
         inner = x if self._expand_conv is None else F.relu6(self._bn0(self._expand_conv(x)))
         inner = F.relu6(self._bn1(self._depthwise_conv(inner)))
-        found = self._bn2(self._project_conv(inner))
-        return x + found if self.skips else found
+        projected = self._bn2(self._project_conv(inner))
+        return x + projected if self.skips else projected
 
 
 def _blocks() -> Iterator[Block]:
@@ -131,9 +131,9 @@ def load(*, classes: int | None, seed: int) -> EfficientNet:
 def draw(*, classes: int, seed: int) -> EfficientNet:
     """The same network with random weights that keep the scale of a signal: to try code without the asset."""
     with torch.device("meta"):
-        named = EfficientNet(classes).state_dict()
+        template = EfficientNet(classes).state_dict()
     source, state = seeding.generator(seed, "efficientnet"), {}
-    for name, tensor in named.items():
+    for name, tensor in template.items():
         if tensor.ndim == 4:
             state[name] = torch.randn(tensor.shape, generator=source) * (2 / tensor[0].numel()) ** 0.5
         else:

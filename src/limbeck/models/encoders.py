@@ -43,9 +43,9 @@ def first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     """A copy of a BERT-like model that keeps the first `layers` encoder layers, the pooler and the head."""
     if not hasattr(getattr(model.base_model, "encoder", None), "layer"):
         raise ValueError(f"expected a BERT-like model with layers in .encoder.layer, got {type(model).__name__}")
-    held = model.config.num_hidden_layers
-    if not 1 <= layers <= held:
-        raise ValueError(f"layers must be between 1 and the model's {held}, got {layers}")
+    total = model.config.num_hidden_layers
+    if not 1 <= layers <= total:
+        raise ValueError(f"layers must be between 1 and the model's {total}, got {layers}")
     student = copy.deepcopy(model)
     stack = student.base_model.encoder
     stack.layer = stack.layer[:layers]

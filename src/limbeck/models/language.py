@@ -55,8 +55,8 @@ def load(name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrai
     if shape := _SHAPE.fullmatch(name):
         return _drawn(shape[1], int(shape[2]), int(shape[3]), tokenizer, seed)
     source = _source(name)
-    both = AutoConfig.from_pretrained(source).is_encoder_decoder
-    return (AutoModelForSeq2SeqLM if both else AutoModelForCausalLM).from_pretrained(source, dtype=torch.float32)
+    seq2seq = AutoConfig.from_pretrained(source).is_encoder_decoder
+    return (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(source, dtype=torch.float32)
 
 
 def keep_first_layers(model: PreTrainedModel, layers: int) -> PreTrainedModel:

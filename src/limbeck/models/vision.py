@@ -101,20 +101,20 @@ def prepared(name: str, pixels: Float[Tensor, "batch channel side side"], side: 
 
 def logits(model: nn.Module, images: Tensor) -> Float[Tensor, "batch classes"]:
     """The model's logits, whatever it wraps them in."""
-    found = model(images)
-    return getattr(found, "logits", found)
+    outputs = model(images)
+    return getattr(outputs, "logits", outputs)
 
 
 def features(model: nn.Module, images: Tensor) -> Float[Tensor, "batch width"]:
     """What the head reads: the class token after the last norm, or the mean of the last map. No gradient."""
-    seen = []
-    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    captured = []
+    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     try:
         with torch.no_grad():
             model(images)
     finally:
         hook.remove()
-    return seen[0]
+    return captured[0]
 
 
 def attach(model: nn.Module, arm: str, *, rank: int, seed: int) -> int:
@@ -127,8 +127,8 @@ def attach(model: nn.Module, arm: str, *, rank: int, seed: int) -> int:
     Raises ValueError for another arm.
     """
     if arm == "full":
-        rest = set(map(id, model.parameters())) - set(map(id, head_of(model).parameters()))
-        return sum(parameter.numel() for parameter in model.parameters() if id(parameter) in rest)
+        body = set(map(id, model.parameters())) - set(map(id, head_of(model).parameters()))
+        return sum(parameter.numel() for parameter in model.parameters() if id(parameter) in body)
     model.requires_grad_(False)
     if arm.startswith("lora_"):
         options = dict.fromkeys(("r", "lora_alpha"), int(arm.removeprefix("lora_")))

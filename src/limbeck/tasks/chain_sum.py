@@ -53,15 +53,15 @@ def examples(family: Family, count: int, *, seed: int) -> list[Example]:
     """So many examples of distinct expressions. Raises ValueError for none, or more than the family has."""
     positive(count=count)
     sizes = zip(("terms", "digits"), (family.terms, family.digits), strict=True)
-    limits = {f"{end}_{name}": value for name, both in sizes for end, value in zip(("min", "max"), both, strict=True)}
+    limits = {f"{end}_{name}": value for name, pair in sizes for end, value in zip(("min", "max"), pair, strict=True)}
     drawn = reasoning_gym.create_dataset("chain_sum", size=_POOL * count, seed=seed, **limits)
-    found: dict[str, Example] = {}
+    distinct: dict[str, Example] = {}
     for entry in drawn:
         example = Example(entry)
-        found.setdefault(example.expression, example)
-        if len(found) == count:
-            return list(found.values())
-    raise ValueError(f"received count {count}, expected at most {len(found)}: {family} with seed {seed} has no more")
+        distinct.setdefault(example.expression, example)
+        if len(distinct) == count:
+            return list(distinct.values())
+    raise ValueError(f"received count {count}, expected at most {len(distinct)}: {family} with seed {seed} has no more")
 
 
 def solution(example: Example, *, terse: float = 0.0, mistakes: float = 0.0, seed: int = 0) -> str:

@@ -85,10 +85,10 @@ def draw(items: Sequence[T], sizes: Sequence[int], *, seed: int) -> list[list[T]
 
     Raises ValueError if there are too few items, none is left for -1, or another size is negative.
     """
-    left, open_ended = len(items) - sum(size for size in sizes if size != -1), list(sizes).count(-1)
-    if left < open_ended or open_ended > 1 or min(sizes) < -1:
+    unassigned, open_ended = len(items) - sum(size for size in sizes if size != -1), list(sizes).count(-1)
+    if unassigned < open_ended or open_ended > 1 or min(sizes) < -1:
         raise ValueError(f"received splits of {list(sizes)}, expected parts of {len(items)} rows, at most one -1")
-    counts = [left if size == -1 else size for size in sizes]
+    counts = [unassigned if size == -1 else size for size in sizes]
     order = torch.randperm(len(items), generator=seeding.generator(seed, "split")).tolist()
     ends = list(itertools.accumulate(counts))
     return [[items[i] for i in order[end - count : end]] for end, count in zip(ends, counts, strict=True)]
@@ -116,7 +116,7 @@ def class_names(parts: Sequence[Sequence[Example]]) -> tuple[str, ...]:
 
 
 def encode(
-    found: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, longest: int, classes: Sequence[str]
+    items: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, longest: int, classes: Sequence[str]
 ) -> Encoded:
     """Token ids, cut to `longest` tokens; of a pair, the longer sentence is cut first. Labels index `classes`.
 
@@ -124,17 +124,17 @@ def encode(
     than 12 characters on average. The sentences of a pair are told apart by the separator alone: a BERT's second
     token type is not used.
     """
-    if unknown := {example.label for example in found} - set(classes):
+    if unknown := {example.label for example in items} - set(classes):
         raise ValueError(f"received the labels {sorted(unknown)}, expected some of {list(classes)}")
     cut = longest * _CHARACTERS
-    seconds = [example.second[:cut] for example in found if example.second is not None] or None
-    texts = [example.text[:cut] for example in found]
+    seconds = [example.second[:cut] for example in items if example.second is not None] or None
+    texts = [example.text[:cut] for example in items]
     tokens = tokenizer(texts, seconds, truncation=True, max_length=longest)["input_ids"]
     padded = torch.full((len(tokens), longest), tokenizer.pad_token_id)
     for row, ids in enumerate(tokens):
         padded[row, : len(ids)] = torch.tensor(ids)
     lengths = torch.tensor([len(ids) for ids in tokens])
-    return Encoded(padded, lengths, torch.tensor([classes.index(example.label) for example in found]))
+    return Encoded(padded, lengths, torch.tensor([classes.index(example.label) for example in items]))
 
 
 def batches(lengths: Int[Tensor, " row"], *, size: int, seed: int, epoch: int, pool: int = 8) -> list[Tensor]:

@@ -49,13 +49,13 @@ def load(hub: str, task: str, folder: str, columns: Sequence[str], test: str) ->
 
     if folder and not Path(folder, task).is_dir():
         raise ValueError(f"received {folder} as a copy of {hub}, expected the folder {Path(folder, task)} in it")
-    found = load_dataset(str(Path(folder, task))) if folder else load_dataset(hub, task)
+    dataset = load_dataset(str(Path(folder, task))) if folder else load_dataset(hub, task)
     parts = []
     for split in ("train", test):
-        if split not in found or not {*columns, "label"} <= set(found[split].column_names):
-            received = found[split].column_names if split in found else f"the splits {sorted(found)}"
+        if split not in dataset or not {*columns, "label"} <= set(dataset[split].column_names):
+            received = dataset[split].column_names if split in dataset else f"the splits {sorted(dataset)}"
             raise ValueError(f"{hub} {task}: expected a split {split} with {[*columns, 'label']}, received {received}")
-        parts.append([row for row in found[split].to_list() if row["label"] != -1])
+        parts.append([row for row in dataset[split].to_list() if row["label"] != -1])
     return parts
 
 

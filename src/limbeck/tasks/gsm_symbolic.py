@@ -46,14 +46,14 @@ def examples(count: int, *, seed: int) -> list[Example]:
     """
     positive(count=count)
     start = int(seeding.bits(seed, "gsm_symbolic", n=1)[0])
-    found: dict[str, Example] = {}
+    distinct: dict[str, Example] = {}
     for entry in reasoning_gym.create_dataset("gsm_symbolic", size=_POOL * count, seed=start):
         example = Example(entry)
         if reward(example, example.gold) == 1.0:
-            found.setdefault(example.question, example)
-        if len(found) == count:
-            return list(found.values())
-    raise ValueError(f"received count {count}, expected at most {len(found)}: seed {seed} has no more in its pool")
+            distinct.setdefault(example.question, example)
+        if len(distinct) == count:
+            return list(distinct.values())
+    raise ValueError(f"received count {count}, expected at most {len(distinct)}: seed {seed} has no more in its pool")
 
 
 def solution(example: Example) -> str:
@@ -63,12 +63,12 @@ def solution(example: Example) -> str:
 
 def answer(text: str) -> str:
     """The last number of a text, as digits with a sign or a point at most; empty where there is none."""
-    found = None
-    for found in _NUMBER.finditer(text):  # noqa: B007  (the last one counts)
+    match = None
+    for match in _NUMBER.finditer(text):  # noqa: B007  (the last one counts)
         pass
-    if found is None:
+    if match is None:
         return ""
-    sign, digits = found.groups()
+    sign, digits = match.groups()
     return ("-" if sign else "") + ("0" if digits[0] == "." else "") + digits.replace(",", "")
 
 

@@ -78,10 +78,10 @@ def choose(
     """
     rows = []
     for label in range(int(labels.max()) + 1):
-        own = torch.nonzero((labels == label) & among).flatten()
-        if len(own) < count:
-            raise ValueError(f"expected at least {count} images of class {label} to draw from, got {len(own)}")
-        rows.append(own[torch.randperm(len(own), generator=source)[:count]])
+        candidates = torch.nonzero((labels == label) & among).flatten()
+        if len(candidates) < count:
+            raise ValueError(f"expected at least {count} images of class {label} to draw from, got {len(candidates)}")
+        rows.append(candidates[torch.randperm(len(candidates), generator=source)[:count]])
     return torch.cat(rows)
 
 
@@ -101,19 +101,19 @@ def _digits() -> Images:
     """Bilinear to 20 x 20, within a black frame of 4, so that they fill as much of 28 x 28 as MNIST's do."""
     from sklearn.datasets import load_digits  # noqa: PLC0415  (slow, and only needed here)
 
-    found = load_digits()
-    small = torch.from_numpy(found.images)[:, None] * (255 / 16)
+    digits = load_digits()
+    small = torch.from_numpy(digits.images)[:, None] * (255 / 16)
     wide = F.interpolate(small, size=(_BOX, _BOX), mode="bilinear", align_corners=False)
     pixels = F.pad(wide, [(SIDE - _BOX) // 2] * 4).round().to(torch.uint8)
-    return _images(pixels.numpy(), found.target)
+    return _images(pixels.numpy(), digits.target)
 
 
 def _idx(folder: Path) -> Images:
     """MNIST's files: a header of 16 bytes before the images, of 8 before the labels; packed or not."""
 
     def read(name: str, header: int) -> np.ndarray:
-        plain = folder / name
-        content = plain.read_bytes() if plain.is_file() else gzip.decompress((folder / f"{name}.gz").read_bytes())
+        unpacked = folder / name
+        content = unpacked.read_bytes() if unpacked.is_file() else gzip.decompress((folder / f"{name}.gz").read_bytes())
         return np.frombuffer(content, dtype=np.uint8, offset=header)
 
     parts = ("train", "t10k")
@@ -130,12 +130,12 @@ def _folder(folder: Path, side: int) -> Images:
     if not names[0] or any(other != names[0] for other in names):
         raise ValueError(f"expected a folder a class in {', '.join(map(str, parts))}, the same in each; got {names}")
     pixels, labels, held = [], [], []
-    for at, part in enumerate(parts):
+    for part_number, part in enumerate(parts):
         for label, name in enumerate(names[0]):
             for file in sorted((part / name).iterdir()):
                 pixels.append(_picture(file, side))
                 labels.append(label)
-                held.append(at > 0)
+                held.append(part_number > 0)
     return Images(torch.stack(pixels), torch.tensor(labels), torch.tensor(held))
 
 

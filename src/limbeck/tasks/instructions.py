@@ -51,15 +51,15 @@ def load(
     first part `train_texts` texts are taken (-1: all), of each meaning of the second its first `references` texts.
     """
     if data.startswith(ALPACA):
-        pool, held = classification.draw(_alpaca(data.removeprefix(ALPACA)), sizes[:2], seed=seed)
-        (asked,) = classification.draw(_mmlu(questions.removeprefix(MMLU)), sizes[2:], seed=seed)
+        pool, held_out = classification.draw(_alpaca(data.removeprefix(ALPACA)), sizes[:2], seed=seed)
+        (posed,) = classification.draw(_mmlu(questions.removeprefix(MMLU)), sizes[2:], seed=seed)
     else:
-        train, validation, rest = meanings.splits(data, [*sizes[:2], -1], seed=seed)
+        train, validation, unseen = meanings.splits(data, [*sizes[:2], -1], seed=seed)
         pool = [Asked(instruction(meaning), text) for meaning in train for text in meaning.texts]
-        held = [Asked(instruction(meaning), text) for meaning in validation for text in meaning.texts[:references]]
-        asked = constructed(rest, sizes[2], seed=seed)
+        held_out = [Asked(instruction(meaning), text) for meaning in validation for text in meaning.texts[:references]]
+        posed = constructed(unseen, sizes[2], seed=seed)
     (drawn,) = classification.draw(pool, [train_texts], seed=seed)
-    return drawn, held, asked
+    return drawn, held_out, posed
 
 
 def require_pair(data: str, questions: str) -> None:
@@ -80,14 +80,14 @@ def near(one: Meaning, other: Meaning) -> bool:
     return one.act == other.act and len(more) == len(less) == 1
 
 
-def constructed(found: Sequence[Meaning], count: int, *, seed: int) -> list[Question]:
+def constructed(candidates: Sequence[Meaning], count: int, *, seed: int) -> list[Question]:
     """A question for each of the first `count` meanings that have three near ones among all that are given.
 
     Raises ValueError where there are fewer.
     """
     questions = []
-    for meaning in found:
-        others = [other for other in found if near(meaning, other)]
+    for meaning in candidates:
+        others = [other for other in candidates if near(meaning, other)]
         if len(others) >= WRONG and len(questions) < count:
             questions.append(_question(meaning, others, seed))
     if len(questions) < count:
@@ -97,13 +97,13 @@ def constructed(found: Sequence[Meaning], count: int, *, seed: int) -> list[Ques
 
 def _question(meaning: Meaning, others: Sequence[Meaning], seed: int) -> Question:
     source = seeding.generator(seed, "choices", meaning.act, *meaning.slots)
-    chosen = [others[at] for at in torch.randperm(len(others), generator=source)[:WRONG].tolist()]
-    nearest = [[min(other.texts, key=lambda text: _distance(text, one)) for other in chosen] for one in meaning.texts]
-    totals = [sum(_distance(text, one) for text in row) for row, one in zip(nearest, meaning.texts, strict=True)]
+    chosen = [others[index] for index in torch.randperm(len(others), generator=source)[:WRONG].tolist()]
+    nearest = [[min(other.texts, key=lambda text: _distance(text, gold)) for other in chosen] for gold in meaning.texts]
+    totals = [sum(_distance(text, gold) for text in row) for row, gold in zip(nearest, meaning.texts, strict=True)]
     best = totals.index(min(totals))
-    right, texts = meaning.texts[best], nearest[best]
+    right_text, texts = meaning.texts[best], nearest[best]
     answer = int(torch.randint(WRONG + 1, (), generator=source))
-    return Question(instruction(meaning), (*texts[:answer], right, *texts[answer:]), answer)
+    return Question(instruction(meaning), (*texts[:answer], right_text, *texts[answer:]), answer)
 
 
 @functools.cache
@@ -120,16 +120,16 @@ def _distance(one: str, other: str) -> int:
 def _rows(name: str, split: str, columns: set[str], *options: str) -> list[dict[str, Any]]:
     from datasets import load_dataset  # noqa: PLC0415  (slow, and only needed here)
 
-    found = load_dataset(name, *options)
-    if split not in found or not columns <= set(found[split].column_names):
-        raise ValueError(f"data set {name}: expected a split {split} with {sorted(columns)}, received {found}")
-    return found[split].to_list()
+    dataset = load_dataset(name, *options)
+    if split not in dataset or not columns <= set(dataset[split].column_names):
+        raise ValueError(f"data set {name}: expected a split {split} with {sorted(columns)}, received {dataset}")
+    return dataset[split].to_list()
 
 
 def _alpaca(name: str) -> list[Asked]:
     rows = _rows(name, "train", {"instruction", "input", "output"})
-    asked = (("\n\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in rows)
-    return [Asked(*row) for row in asked if row[1]]
+    pairs = (("\n\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in rows)
+    return [Asked(*row) for row in pairs if row[1]]
 
 
 def _mmlu(name: str) -> list[Question]:

@@ -38,17 +38,17 @@ def examples(name: str, count: int, *, columns: Sequence[str], seed: int) -> lis
     """
     from datasets import load_dataset  # noqa: PLC0415  (slow, and only needed here)
 
-    found: dict[str, str] = {}
+    golds: dict[str, str] = {}
     for split, rows in load_dataset(name).items():
         if missing := set(columns) - set(rows.column_names):
             received = f"the columns {rows.column_names} in its split {split}"
             raise ValueError(f"data set {name}: received {received}, expected {sorted(missing)} among them")
         for problem, gold in zip(*(rows[column] for column in columns), strict=True):
-            found.setdefault(str(problem).strip(), str(gold).strip())
-    if count > len(found):
-        raise ValueError(f"received count {count}, expected at most the {len(found)} problems of {name}")
-    order = torch.randperm(len(found), generator=seeding.generator(seed, "mathematics")).tolist()
-    pairs = list(found.items())
+            golds.setdefault(str(problem).strip(), str(gold).strip())
+    if count > len(golds):
+        raise ValueError(f"received count {count}, expected at most the {len(golds)} problems of {name}")
+    order = torch.randperm(len(golds), generator=seeding.generator(seed, "mathematics")).tolist()
+    pairs = list(golds.items())
     return [Example(*pairs[i]) for i in order[:count]]
 
 
@@ -66,10 +66,10 @@ def reward(gold: str, text: str) -> float:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify  # noqa: PLC0415  (not for all)
 
     options = {"raise_on_error": True}
-    wanted = parse(f"${gold.strip('$')}$", parsing_timeout=None, **options)
-    read = [expression for expression in wanted if not isinstance(expression, str)]
-    if not read or not verify(read, read, timeout_seconds=None, **options):
-        raise ValueError(f"received the gold answer {gold!r}, expected one that math-verify reads; it read {wanted}")
+    expected = parse(f"${gold.strip('$')}$", parsing_timeout=None, **options)
+    expressions = [expression for expression in expected if not isinstance(expression, str)]
+    if not expressions or not verify(expressions, expressions, timeout_seconds=None, **options):
+        raise ValueError(f"received the gold answer {gold!r}, expected one that math-verify reads; it read {expected}")
     forms = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    said = parse(text, forms, parsing_timeout=None, **options)
-    return float(verify(wanted, said, timeout_seconds=None, **options))
+    answers = parse(text, forms, parsing_timeout=None, **options)
+    return float(verify(expected, answers, timeout_seconds=None, **options))

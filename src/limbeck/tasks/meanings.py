@@ -38,18 +38,18 @@ def meanings(name: str) -> list[Meaning]:
     """Every meaning of a data set, in the order of acts and slots."""
     one_of("data", name, FILES)
     content = json.loads((assets.path(_ASSET) / FILES[name]).read_text(encoding="utf-8"))
-    found = [_meaning(act, key, texts) for act, groups in content.items() for key, texts in groups.items()]
-    return sorted((meaning for meaning in found if meaning.texts), key=lambda meaning: (meaning.act, meaning.slots))
+    parsed = [_meaning(act, key, texts) for act, groups in content.items() for key, texts in groups.items()]
+    return sorted((meaning for meaning in parsed if meaning.texts), key=lambda meaning: (meaning.act, meaning.slots))
 
 
 def _meaning(act: str, key: str, texts: Sequence[str]) -> Meaning:
     """The meaning of one group; without texts where a slot occurs twice, or none fits."""
     slots = tuple(slot.lower() for slot in key.split(";") if slot)
-    wanted = sorted(f"{act}-{slot}".lower() for slot in slots)
-    fitting = [text for text in texts if sorted(map(str.lower, _PLACEHOLDER.findall(text))) == wanted]
-    plain = (_PLACEHOLDER.sub(lambda found: f"[{found[1].rpartition('-')[2].lower()}]", text) for text in fitting)
-    once = dict.fromkeys(" ".join(text.split()) for text in plain)
-    return Meaning(act, slots, tuple(once) if len(set(slots)) == len(slots) else ())
+    expected = sorted(f"{act}-{slot}".lower() for slot in slots)
+    fitting = [text for text in texts if sorted(map(str.lower, _PLACEHOLDER.findall(text))) == expected]
+    bracketed = (_PLACEHOLDER.sub(lambda match: f"[{match[1].rpartition('-')[2].lower()}]", text) for text in fitting)
+    distinct = dict.fromkeys(" ".join(text.split()) for text in bracketed)
+    return Meaning(act, slots, tuple(distinct) if len(set(slots)) == len(slots) else ())
 
 
 def splits(name: str, sizes: Sequence[int], *, seed: int) -> list[list[Meaning]]:
@@ -80,6 +80,6 @@ def prompt(meaning: Meaning) -> str:
 
 def slot_errors(meaning: Meaning, text: str) -> int:
     """Slots that are missing, that were not asked for, or that come again: 0 if each stands there exactly once."""
-    found = _SLOT.findall(text)
-    extra = sum(slot not in meaning.slots for slot in found)
-    return extra + sum(abs(found.count(slot) - 1) for slot in meaning.slots)
+    named_slots = _SLOT.findall(text)
+    extra = sum(slot not in meaning.slots for slot in named_slots)
+    return extra + sum(abs(named_slots.count(slot) - 1) for slot in meaning.slots)

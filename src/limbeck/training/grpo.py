@@ -78,29 +78,29 @@ def _update(
     """One optimiser step on a rollout. With `split`, the gradient of each term apart: norms, and cosines."""
     weights = list(parameters.values())
     totals: Terms = {}
-    apart: dict[str, list[Tensor]] = {}
+    gradients: dict[str, list[Tensor]] = {}
     optimiser.zero_grad(set_to_none=True)
     for rows in micro_batches(rollout, processes.chunk(range(len(rollout.completions))), run.settings.micro_tokens):
-        found = terms(run.score(rollout, rows))
-        for name, value in found.items():
+        losses = terms(run.score(rollout, rows))
+        for name, value in losses.items():
             totals[name] = totals.get(name, 0.0) + value.detach().double()
             if split and value.requires_grad:
                 gradient = torch.autograd.grad(value, weights, retain_graph=True, materialize_grads=True)
-                kept = apart.setdefault(name, [torch.zeros_like(weight) for weight in weights])
-                torch._foreach_add_(kept, list(gradient))
-        torch.stack([value for value in found.values() if value.requires_grad]).sum().backward()
-    processes.add_up([*totals.values(), *(part for parts in apart.values() for part in parts)])
+                sums = gradients.setdefault(name, [torch.zeros_like(weight) for weight in weights])
+                torch._foreach_add_(sums, list(gradient))
+        torch.stack([value for value in losses.values() if value.requires_grad]).sum().backward()
+    processes.add_up([*totals.values(), *(part for parts in gradients.values() for part in parts)])
     processes.add_up(weight.grad for weight in weights if weight.grad is not None)
     norm = nn.utils.clip_grad_norm_(weights, run.settings.clip_norm, error_if_nonfinite=True)
     optimiser.step()
     summed = {name: value.item() for name, value in totals.items()}
-    return summed | {"optimiser/gradient_norm": norm.item()} | _compared(apart)
+    return summed | {"optimiser/gradient_norm": norm.item()} | _compared(gradients)
 
 
-def _compared(apart: dict[str, list[Tensor]]) -> Metrics:
+def _compared(gradients: dict[str, list[Tensor]]) -> Metrics:
     """The norm of each term's gradient and, of two terms, their cosine."""
-    flat = {name: torch.cat([part.flatten() for part in parts]) for name, parts in apart.items()}
-    found = {f"gradient/{name.removeprefix('loss/')}": vector.norm().item() for name, vector in flat.items()}
+    flat = {name: torch.cat([part.flatten() for part in parts]) for name, parts in gradients.items()}
+    metrics = {f"gradient/{name.removeprefix('loss/')}": vector.norm().item() for name, vector in flat.items()}
     if len(flat) == 2:
-        found["gradient/cosine"] = torch.cosine_similarity(*flat.values(), dim=0).item()
-    return found
+        metrics["gradient/cosine"] = torch.cosine_similarity(*flat.values(), dim=0).item()
+    return metrics

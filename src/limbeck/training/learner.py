@@ -84,16 +84,16 @@ class Run:
                 raise ValueError("received no teacher, expected one: a term reads its logits")
             return logits_of(self.teacher)[0]
 
-        logits, kept = logits_of(self.policy)
-        wider = (0, rollout.mask.shape[1] - kept.shape[1])
-        logprobs = nn.functional.pad(sampling.completion_logprobs(logits, kept, completions), wider)
-        return Scores(rows, nn.functional.pad(kept, wider), logprobs, logits, teacher_logits)
+        logits, mask = logits_of(self.policy)
+        wider = (0, rollout.mask.shape[1] - mask.shape[1])
+        logprobs = nn.functional.pad(sampling.completion_logprobs(logits, mask, completions), wider)
+        return Scores(rows, nn.functional.pad(mask, wider), logprobs, logits, teacher_logits)
 
     def roll(self, problems: Sequence[Problem], step: int) -> Rollout:
         """Sample, judge and let the teacher score. Raises ValueError for a reward that is not finite, or no verdict."""
-        here = self.policy.device
+        device = self.policy.device
         parts = processes.gathered(self._roll(processes.chunk(problems), step).to(torch.device("cpu")))
-        rollout = merged(parts).to(here)
+        rollout = merged(parts).to(device)
         if not rollout.rewards.isfinite().any():
             raise ValueError(f"received no verdict on {len(rollout.completions)} completions, expected one that works")
         return rollout
@@ -103,21 +103,21 @@ class Run:
         size, prompts = self.settings.group_size, [problem.prompt for problem in problems]
         names = [f"{step}/{problem.name}" for problem in problems]
         options = {"group_size": size, "longest": self.settings.longest, "seed": self.settings.seed}
-        found = self.sampler(prompts, names, **options)
-        rows = found.rows()
+        sampled = self.sampler(prompts, names, **options)
+        rows = sampled.rows()
         verdicts = [_judged(self.verify, problems[row // size], tokens) for row, tokens in enumerate(rows)]
         rewards, correct = (torch.tensor(x).unflatten(0, (-1, size)) for x in zip(*verdicts, strict=True))
-        every = [prompt for prompt in prompts for _ in range(size)]
-        rollout = Rollout(every, rows, found.mask, found.logprobs, found.ended, rewards.float(), correct)
+        repeated = [prompt for prompt in prompts for _ in range(size)]
+        rollout = Rollout(repeated, rows, sampled.mask, sampled.logprobs, sampled.ended, rewards.float(), correct)
         return rollout if self.teacher is None else dataclasses.replace(rollout, teacher_logprobs=self._taught(rollout))
 
     @torch.no_grad()
     def _taught(self, rollout: Rollout) -> Tensor:
         """The teacher's log-probability of every token."""
-        scorer, found = dataclasses.replace(self, policy=self.teacher), torch.zeros_like(rollout.old_logprobs)
+        scorer, logprobs = dataclasses.replace(self, policy=self.teacher), torch.zeros_like(rollout.old_logprobs)
         for rows in micro_batches(rollout, range(len(rollout.completions)), self.settings.micro_tokens):
-            found[rows] = scorer.score(rollout, rows).logprobs
-        return found
+            logprobs[rows] = scorer.score(rollout, rows).logprobs
+        return logprobs
 
 
 def _judged(verify: Callable[[Problem, Tokens], Verdict], problem: Problem, tokens: Tokens) -> Verdict:

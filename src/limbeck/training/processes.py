@@ -28,12 +28,12 @@ def chunk(items: Sequence[T]) -> Sequence[T]:
     return items[len(items) * rank() // count() : len(items) * (rank() + 1) // count()]
 
 
-def gathered(mine: T) -> list[T]:
+def gathered(part: T) -> list[T]:
     """What each process gives, in their order, on all of them."""
-    found: list[T] = [mine] * count()
+    parts: list[T] = [part] * count()
     if count() > 1:
-        distributed.all_gather_object(found, mine)
-    return found
+        distributed.all_gather_object(parts, part)
+    return parts
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:

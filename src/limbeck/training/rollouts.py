@@ -36,11 +36,11 @@ def batches(count: int, *, size: int, steps: int, source: torch.Generator) -> li
     """
     if not 1 <= size <= count:
         raise ValueError(f"received {size} rows a step, expected 1 to {count}, of which none comes twice in a step")
-    found: list[list[int]] = []
-    while len(found) < steps:
+    rows_by_step: list[list[int]] = []
+    while len(rows_by_step) < steps:
         order = torch.randperm(count, generator=source).tolist()
-        found += [order[start : start + size] for start in range(0, count - size + 1, size)]
-    return found[:steps]
+        rows_by_step += [order[start : start + size] for start in range(0, count - size + 1, size)]
+    return rows_by_step[:steps]
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ def check_parameters(notebook: nbformat.NotebookNode, given: dict[str, Any]) -> 
     if unknown := sorted(set(given) - set(declared)):
         raise ValueError(f"unknown parameter {', '.join(unknown)}; the notebook declares {', '.join(declared)}")
     others = [cell for cell in notebook.cells if cell.cell_type == "code" and cell is not parameters_cell(notebook)]
-    read = {node.id for cell in others for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)}
-    if unread := sorted(set(declared) - read):
+    names_read = {node.id for cell in others for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)}
+    if unread := sorted(set(declared) - names_read):
         raise ValueError(f"no cell reads parameter {', '.join(unread)}")
     return declared | given
 
@@ -107,7 +107,7 @@ def canonical(notebook: nbformat.NotebookNode) -> str:
 def _provenance(inputs: dict[str, str], seconds: float) -> str:
     """Commit, versions, machine, seconds and the checksum of every input, as JSON."""
     versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    kept = ("torch", "transformers", "datasets", "peft", "POT", "numpy", "scipy", "pandas", "matplotlib", "dvc")
+    packages = ("torch", "transformers", "datasets", "peft", "POT", "numpy", "scipy", "pandas", "matplotlib", "dvc")
     return (
         json.dumps(
             {
@@ -115,7 +115,7 @@ def _provenance(inputs: dict[str, str], seconds: float) -> str:
                 "modified": bool(_git("status", "--porcelain", "--", "src", "params", "params.yaml", "notebooks")),
                 "seconds": round(seconds, 1),
                 "python": platform.python_version(),
-                "versions": {name: versions[name] for name in kept if name in versions},
+                "versions": {name: versions[name] for name in packages if name in versions},
                 "machine": machine(),
                 "inputs": inputs,
             },

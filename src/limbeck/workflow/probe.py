@@ -80,11 +80,11 @@ def shortened(fit: Callable[..., Generator], first: int) -> Callable[..., Genera
     third = list(signature.parameters)[2]
 
     @functools.wraps(fit)
-    def loop(*values: Any, **named: Any) -> Generator:
-        call = signature.bind(*values, **named)
+    def loop(*values: Any, **keywords: Any) -> Generator:
+        call = signature.bind(*values, **keywords)
         steps = call.arguments[third]
         if len(steps) <= first:
-            return (yield from fit(*values, **named))
+            return (yield from fit(*values, **keywords))
         call.arguments[third] = steps[:first]
         if "save_every" in call.arguments:
             window, call.arguments["save_every"] = call.arguments["save_every"], first
@@ -108,9 +108,9 @@ class Probe:
 
     def run_all(self) -> None:
         """Run the cells that are asked for, or all."""
-        experiment, wanted = self.request["experiment"], self.request["cells"]
+        experiment, names = self.request["experiment"], self.request["cells"]
         for cell in sorted(self.ledger(experiment).cells, key=wave):
-            if wanted is None or spelled(cell.coordinates) in wanted:
+            if names is None or spelled(cell.coordinates) in names:
                 self.run(experiment, cell)
 
     def ledger(self, experiment: str) -> Any:
@@ -119,10 +119,10 @@ class Probe:
 
     def run(self, experiment: str, cell: Any) -> bool:
         """Run a cell, after those whose files it reads, and report it; whether it ended."""
-        known = self.measured.setdefault(experiment, {})
+        measured = self.measured.setdefault(experiment, {})
         name = spelled(cell.coordinates)
-        if name in known:
-            return "error" not in known[name][1]
+        if name in measured:
+            return "error" not in measured[name][1]
         place = self.folder / "cells" / experiment / f"{name}.json"
         report = json.loads(place.read_text()) if place.is_file() else {"error": "not run"}
         while "error" in report:
@@ -132,7 +132,7 @@ class Probe:
                 report = {"error": "".join(traceback.format_exception_only(error)).strip()}
                 if not self._provide(experiment, cell, str(error)):
                     break
-        known[name] = cell, report
+        measured[name] = cell, report
         _replace(place, json.dumps(report, sort_keys=True))
         return "error" not in report
 
@@ -152,8 +152,8 @@ class Probe:
                 next(steps)
         except StopIteration as stop:
             result = stop.value
-        left = [path for path, stamp in sorted(_stamps(folder).items()) if before.get(path) != stamp]
-        contents = {path.relative_to(folder).as_posix(): content(path) for path in left}
+        written = [path for path, stamp in sorted(_stamps(folder).items()) if before.get(path) != stamp]
+        contents = {path.relative_to(folder).as_posix(): content(path) for path in written}
         contents |= {"state of the last step": content(state)} if state.is_file() else {}
         state.unlink(missing_ok=True)
         return json.loads(json.dumps(vars(result) | {"files": contents}))
@@ -181,8 +181,8 @@ class Probe:
             if (source != experiment or wave(other) < wave(cell))
             and not all((folder / name).is_file() for name in files(other))
         ]
-        named = [c for c in lacking if any(_speaks_of(complaint, name) for name in files(c))]
-        ended = [self.run(source, other) for other in named or lacking]
+        mentioned = [c for c in lacking if any(_speaks_of(complaint, name) for name in files(c))]
+        ended = [self.run(source, other) for other in mentioned or lacking]
         return any(ended)
 
 

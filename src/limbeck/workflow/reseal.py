@@ -73,10 +73,10 @@ def main(arguments: list[str]) -> int:
 
 def _sealed(names: list[str]) -> Iterator[Sealed]:
     """The experiments with records that do not stand, but those that await a training."""
-    every = [(profile, p, e) for profile in _PROFILES for p in stages.papers() for e in stages.experiments(p, profile)]
-    if unknown := sorted(set(names) - {f"{paper}/{experiment}" for _, paper, experiment in every}):
+    known = [(profile, p, e) for profile in _PROFILES for p in stages.papers() for e in stages.experiments(p, profile)]
+    if unknown := sorted(set(names) - {f"{paper}/{experiment}" for _, paper, experiment in known}):
         raise ValueError(f"received {', '.join(unknown)}, expected paper/experiment")
-    for profile, paper, experiment in every:
+    for profile, paper, experiment in known:
         if names and f"{paper}/{experiment}" not in names:
             continue
         ledger = Ledger(paper, experiment, profile)
@@ -175,8 +175,8 @@ def chosen_cells(sealed: Sealed) -> list[str]:
     for cell in sealed.ledger.cells:
         name = probe.spelled(cell.coordinates)
         if name in sealed.records:
-            at, record = cell.coordinates, sealed.records[name]
-            phase = at.get("phase", at.get("axis", at.get("arm")))
+            coordinates, record = cell.coordinates, sealed.records[name]
+            phase = coordinates.get("phase", coordinates.get("axis", coordinates.get("arm")))
             groups[probe.wave(cell), phase, record["dtype"], bool(record["curve"])].append(name)
     return [max(names, key=lambda name: len(sealed.records[name]["curve"])) for names in groups.values()]
 
@@ -190,8 +190,8 @@ def _compared(request: Record, sealed: Sealed, commit: str, tree_of: Any) -> dic
     if memory.is_file():
         return dict.fromkeys(("then", "today"), json.loads(memory.read_text()))
     sides = {"then": tree_of(commit), "today": paths.ROOT}
-    asked = {side: request | {"precision": request["precision"][side], "folder": str(folder / side)} for side in sides}
-    status = trees.run({side: (tree, asked[side]) for side, tree in sides.items()})
+    asks = {side: request | {"precision": request["precision"][side], "folder": str(folder / side)} for side in sides}
+    status = trees.run({side: (tree, asks[side]) for side, tree in sides.items()})
     if any(status.values()):
         raise ValueError(f"{sealed}: received the exit statuses {status} from the probes, expected 0")
     reports = {side: trees.reports(folder / side) for side in sides}
@@ -204,12 +204,12 @@ def _compared(request: Record, sealed: Sealed, commit: str, tree_of: Any) -> dic
 
 def other_dtypes(sealed: Sealed, today: dict[str, Record]) -> list[str]:
     """The compared cells whose matrices would be multiplied in another dtype than their records'."""
-    told = []
+    changed = []
     for name, record in sealed.records.items():
         report = today.get(f"{sealed.experiment}/{name}", {})
         if report.get("dtype", record["dtype"]) != record["dtype"]:
-            told.append(f"{name}: {record['dtype']} in its record, {report['dtype']} today")
-    return told
+            changed.append(f"{name}: {record['dtype']} in its record, {report['dtype']} today")
+    return changed
 
 
 def _renew(sealed: Sealed, commit: str, cells: dict[str, list[str]]) -> None:
@@ -237,8 +237,8 @@ def _provenance(sealed: Sealed) -> Record:
 def read_records(ledger: Ledger) -> dict[str, Record]:
     """The records of a ledger's cells, by the names of the cells."""
     measured = ledger.measured()
-    there = {probe.spelled(c.coordinates): measured.get(records.cell_key(c.coordinates)) for c in ledger.cells}
-    return {name: record for name, record in there.items() if record}
+    record_of = {probe.spelled(c.coordinates): measured.get(records.cell_key(c.coordinates)) for c in ledger.cells}
+    return {name: record for name, record in record_of.items() if record}
 
 
 if __name__ == "__main__":

@@ -34,14 +34,14 @@ def papers() -> list[str]:
 
 def exhibits(paper: str, experiment: str) -> list[Path]:
     """The exhibit notebooks that read an experiment's records."""
-    own = (path for path in sorted((paths.NOTEBOOKS / paper).glob("*.ipynb")) if path.stem != "train")
-    return [path for path in own if source(path) == experiment]
+    notebooks = (path for path in sorted((paths.NOTEBOOKS / paper).glob("*.ipynb")) if path.stem != "train")
+    return [path for path in notebooks if source(path) == experiment]
 
 
 def source(notebook: Path) -> str:
     """The experiment whose records an exhibit reads: the one that it names, else that of its own stem."""
-    named = _READS.search("\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells))
-    return named[1] if named else notebook.stem
+    match = _READS.search("\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells))
+    return match[1] if match else notebook.stem
 
 
 def inputs(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
@@ -60,21 +60,21 @@ def inputs(notebook: Path, parameters: dict[str, Any]) -> dict[str, str]:
 
 def stages(profile: str) -> dict[str, Any]:
     """The stages of a profile; `profile` may be DVC's own variable."""
-    found: dict[str, Any] = {}
-    of = "default" if profile.startswith("$") else profile
+    by_name: dict[str, Any] = {}
+    section_profile = "default" if profile.startswith("$") else profile
     for paper in papers():
-        for experiment in experiments(paper, of):
-            found[f"{paper}-{experiment}-train"] = _train(paper, experiment, profile, of)
+        for experiment in experiments(paper, section_profile):
+            by_name[f"{paper}-{experiment}-train"] = _train(paper, experiment, profile, section_profile)
             for notebook in exhibits(paper, experiment):
-                found[f"{paper}-{notebook.stem}"] = _exhibit(notebook, profile)
-    return found
+                by_name[f"{paper}-{notebook.stem}"] = _exhibit(notebook, profile)
+    return by_name
 
 
-def _train(paper: str, experiment: str, profile: str, of: str) -> dict[str, Any]:
+def _train(paper: str, experiment: str, profile: str, section_profile: str) -> dict[str, Any]:
     notebook = paths.NOTEBOOKS / paper / "train.ipynb"
-    needed = [f"data/raw/{asset}" for asset in assets.named(_words(params.section(paper, experiment, of)))]
-    named = digests.words(paper, experiment) & set(experiments(paper, of)) - {experiment}
-    needed += [f"data/checkpoints/{profile}/{paper}/{other}" for other in named]
+    needed = [f"data/raw/{asset}" for asset in assets.named(_words(params.section(paper, experiment, section_profile)))]
+    sources = digests.words(paper, experiment) & set(experiments(paper, section_profile)) - {experiment}
+    needed += [f"data/checkpoints/{profile}/{paper}/{other}" for other in sources]
     return {
         "cmd": f"python -m limbeck.workflow.notebooks {_relative(notebook)} experiment={experiment} profile={profile}",
         **({"deps": sorted(needed)} if needed else {}),
@@ -150,8 +150,8 @@ def texts() -> dict[Path, str]:
     }
 
 
-def _dump(found: dict[str, Any]) -> str:
-    return _HEADER + yaml.safe_dump({"stages": found}, sort_keys=False, width=120)
+def _dump(content: dict[str, Any]) -> str:
+    return _HEADER + yaml.safe_dump({"stages": content}, sort_keys=False, width=120)
 
 
 if __name__ == "__main__":

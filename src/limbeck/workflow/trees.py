@@ -67,21 +67,21 @@ def run(requests: dict[str, tuple[Path, Report]]) -> dict[str, int]:
 
 def reports(folder: Path) -> dict[str, Report]:
     """What a probe left in its folder: a report of each cell, by experiment and cell."""
-    found = sorted((folder / "cells").rglob("*.json"))
-    names = [path.relative_to(folder / "cells").as_posix().removesuffix(".json") for path in found]
-    return {name: json.loads(path.read_text()) for name, path in zip(names, found, strict=True)}
+    files = sorted((folder / "cells").rglob("*.json"))
+    names = [path.relative_to(folder / "cells").as_posix().removesuffix(".json") for path in files]
+    return {name: json.loads(path.read_text()) for name, path in zip(names, files, strict=True)}
 
 
 def differences(then: dict[str, Report], today: dict[str, Report]) -> list[str]:
     """Each cell that did not end, or of which the two differ, with the first things that do."""
-    told = []
+    lines = []
     for name in sorted(then.keys() | today.keys()):
         old, new = (_flat(side.get(name, {"error": "there is no such cell"})) for side in (then, today))
         parts = [part for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part) or part == "error"]
         if parts:
             shown = "; ".join(f"{part}: {old.get(part)} then, {new.get(part)} today" for part in parts[:_SHOWN])
-            told.append(f"{name} differs in {len(parts)}: {shown}")
-    return told
+            lines.append(f"{name} differs in {len(parts)}: {shown}")
+    return lines
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
