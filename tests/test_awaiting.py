@@ -1,6 +1,6 @@
 import pytest
 
-from limbeck import awaiting, digests, params, paths, records
+from limbeck import digests, params, paths, records
 from limbeck.experiments.ledger import Ledger
 
 
@@ -13,14 +13,14 @@ def write(tmp_path, monkeypatch):
 
 def test_without_a_file_nothing_awaits(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
-    assert awaiting.listed() == {}
-    assert awaiting.line("kdrl", "table_main", "default") == ""
+    assert records.awaiting() == {}
+    assert records.awaiting_line("kdrl", "table_main", "default") == ""
 
 
 def test_an_entry_is_told_in_one_line_for_its_own_profile_alone(write):
     write("default/kdrl/table_main: {commit: abc, reason: a fault}\n")
-    assert awaiting.line("kdrl", "table_main", "full") == ""
-    told = awaiting.line("kdrl", "table_main", "default")
+    assert records.awaiting_line("kdrl", "table_main", "full") == ""
+    told = records.awaiting_line("kdrl", "table_main", "default")
     assert told == "The records of table_main are of earlier code (commit abc): a fault.\n"
 
 
@@ -28,7 +28,7 @@ def test_an_entry_is_told_in_one_line_for_its_own_profile_alone(write):
 def test_an_entry_of_another_form_is_named(write, text):
     write(text)
     with pytest.raises(ValueError, match="expected profile/paper/experiment with commit and reason, got a/b"):
-        awaiting.listed()
+        records.awaiting()
 
 
 @pytest.mark.slow
@@ -42,4 +42,4 @@ def test_the_records_that_do_not_stand_by_their_hash_are_exactly_those_that_are_
                     hashes = {records.cell_key(cell.coordinates): ledger.hash(cell) for cell in ledger.cells}
                     held = {key: record["hash"] for key, record in ledger.measured().items()}
                     stale |= {f"{profile}/{paper}/{experiment}"} if held != hashes else set()
-    assert stale == set(awaiting.listed())
+    assert stale == set(records.awaiting())

@@ -9,7 +9,7 @@ import tarfile
 
 import pytest
 
-from limbeck import carriers
+from limbeck import assets
 
 NAME = "limbeck_toy-1.0"
 
@@ -48,13 +48,13 @@ def sdist(tmp_path, monkeypatch):
     ("inside", "content"), [("plain.txt", b"plain"), ("more/inner.tar.gz!deep/words.txt", b"nested")]
 )
 def test_a_file_of_an_sdist_is_read_also_from_a_tar_in_it(sdist, inside, content):
-    with carriers.opened(sdist, f"{NAME}/{inside}") as source:
+    with assets.opened(sdist, f"{NAME}/{inside}") as source:
         assert source.read() == content
 
 
 @pytest.mark.parametrize("inside", ["absent.txt", "more/inner.tar.gz!absent.txt"])
 def test_a_file_that_is_not_in_the_carrier_is_a_key_error(sdist, inside):
-    with pytest.raises(KeyError, match=r"absent\.txt"), carriers.opened(sdist, f"{NAME}/{inside}"):
+    with pytest.raises(KeyError, match=r"absent\.txt"), assets.opened(sdist, f"{NAME}/{inside}"):
         pass
 
 
@@ -62,7 +62,7 @@ def test_a_file_that_is_not_in_the_carrier_is_a_key_error(sdist, inside):
 def test_nothing_of_an_sdist_runs_before_its_sum_is_right(sdist, tmp_path):
     (tmp_path / "to").mkdir()
     with pytest.raises(RuntimeError, match=r"could not download limbeck_toy==1.0.*0{64}"):
-        carriers.download("limbeck_toy==1.0", kind="sdist", sha256="0" * 64, folder=tmp_path / "to")
+        assets.download("limbeck_toy==1.0", kind="sdist", sha256="0" * 64, folder=tmp_path / "to")
     assert not (tmp_path / "ran").exists()
     assert not list((tmp_path / "to").glob("*.tar.gz"))
 
@@ -73,7 +73,7 @@ def test_an_sdist_with_the_right_sum_is_brought(sdist, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip reads 0 as "no isolation"; there is no index to build from
     (tmp_path / "to").mkdir()
     right = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    carriers.download("limbeck_toy==1.0", kind="sdist", sha256=right, folder=tmp_path / "to")
+    assets.download("limbeck_toy==1.0", kind="sdist", sha256=right, folder=tmp_path / "to")
     assert (tmp_path / "to" / sdist.name).read_bytes() == sdist.read_bytes()
     assert (tmp_path / "ran").exists()
 
@@ -81,7 +81,7 @@ def test_an_sdist_with_the_right_sum_is_brought(sdist, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_kind_brings_no_carrier_of_the_other_kind(sdist, tmp_path):
     with pytest.raises(RuntimeError, match=r"network.*No matching distribution") as caught:
-        carriers.download("limbeck_toy==1.0", kind="wheel", sha256="0" * 64, folder=tmp_path)
+        assets.download("limbeck_toy==1.0", kind="wheel", sha256="0" * 64, folder=tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -89,5 +89,5 @@ def test_a_full_disk_under_pip_is_an_os_error(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: Could not install: [Errno 28] No space left on device\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(OSError, match=re.escape("No space left")) as caught:
-        carriers.download("toy==1.0", kind="wheel", sha256="0" * 64, folder=tmp_path)
+        assets.download("toy==1.0", kind="wheel", sha256="0" * 64, folder=tmp_path)
     assert caught.value.errno == errno.ENOSPC

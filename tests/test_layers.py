@@ -13,13 +13,10 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "__init__": set(),
     "paths": set(),
     "seeding": set(),
-    "carriers": set(),
-    "timing": set(),
-    "memory": set(),
+    "measurements": set(),
     "params": {"paths"},
-    "awaiting": {"paths"},
-    "records": {"awaiting", "paths"},
-    "assets": {"carriers", "paths"},
+    "records": {"paths"},
+    "assets": {"paths"},
     "definitions": {"paths"},
     "normal_form": {"definitions"},
     "digests": {"definitions", "normal_form", "paths", "records"},
@@ -33,10 +30,10 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "evaluation": {"models", "tasks"},
     "exhibits": {"paths", "records"},
     "experiments": {"definitions", "digests", "models", "params", "paths", "records"},
-    "workflow": {"assets", "awaiting", "definitions", "digests", "experiments", "params", "paths", "records"},
+    "workflow": {"assets", "definitions", "digests", "experiments", "params", "paths", "records"},
 }
 LIBRARY = {"losses", "adapters", "models", "tasks", "sampling", "vllm_sampling", "training", "evaluation"}
-BELOW_EXPERIMENTS = LIBRARY | {"assets", "experiments", "memory", "params", "seeding", "timing"}
+BELOW_EXPERIMENTS = LIBRARY | {"assets", "experiments", "measurements", "params", "seeding"}
 MAY_IMPORT |= {f"experiments.{paper}": BELOW_EXPERIMENTS for paper in ("kdrl", "nola", "sinkd")}
 PACKAGE = paths.ROOT / "src" / "limbeck"
 FILES = {

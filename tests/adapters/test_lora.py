@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from limbeck.adapters.lora import draw_start
+from limbeck.adapters.baselines import draw_start
 
 
 def started(targets):

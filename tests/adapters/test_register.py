@@ -15,7 +15,7 @@ from limbeck.adapters.model import NolaModel
 
 
 def test_peft_still_refuses_unknown_names_and_does_not_know_this_one():
-    assert "NOLA" not in list(PeftType), "PEFT has a NOLA of its own: register.py would hide it"
+    assert "NOLA" not in list(PeftType), "PEFT has a NOLA of its own: `register` would hide it"
     with pytest.raises(ValueError, match="Unknown PEFT type NOLA"):
         peft.utils.register_peft_method(name="nola", config_cls=NolaConfig, model_cls=NolaModel)
 
@@ -30,7 +30,7 @@ def test_the_tables_are_plain_dictionaries_that_hold_the_method():
         assert type(getattr(mapping, name)) is dict, name
         assert getattr(mapping, name)["NOLA"] is entry or getattr(mapping, name)["NOLA"] == entry
     names = {name for name in vars(mapping) if name.startswith("PEFT_TYPE_TO_")}
-    assert names == {*tables, "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"}, "a table that register.py does not know"
+    assert names == {*tables, "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"}, "a table that `register` does not know"
     assert save_and_load.PEFT_TYPE_TO_TUNER_MAPPING is mapping.PEFT_TYPE_TO_TUNER_MAPPING
     assert list(mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values()).count("nola_") == 1
 

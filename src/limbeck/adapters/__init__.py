@@ -1,10 +1,10 @@
 """Adapters: NOLA (arXiv 2310.02556) as a method of PEFT, registered by this import, and what it is compared with."""
 
+from limbeck.adapters.baselines import attach_pranc
 from limbeck.adapters.config import NolaConfig
 from limbeck.adapters.conversion import quantise, to_lora
-from limbeck.adapters.pranc import attach_pranc
+from limbeck.adapters.model import register
 from limbeck.adapters.reach import reach
-from limbeck.adapters.register import register
 
 register()
 

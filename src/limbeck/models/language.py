@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
@@ -32,6 +32,7 @@ from transformers import (
 
 from limbeck import assets, paths, seeding
 
+END = "[EOS]"
 _QUANTISED = ("smollm2",)
 _SHAPE = re.compile(r"(llama|t5)-(\d+)x(\d+)")
 _HEAD_WIDTH, _INNER = 16, 4  # of the untrained ones: width of a head, and of the feed-forward part in widths
@@ -48,6 +49,19 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     trainer = trainers.WordLevelTrainer(min_frequency=2, special_tokens=list(special.values()), show_progress=False)
     words.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters: those of the alphabet, in its order, then the end.
+
+    Raises ValueError for a repeated character.
+    """
+    if len(set(alphabet)) < len(alphabet):
+        raise ValueError(f"received the alphabet {alphabet!r}, expected every character once")
+    inner = Tokenizer(WordLevel({name: number for number, name in enumerate([*alphabet, END])}, unk_token=""))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, pad_token=END)
 
 
 def load(name: str, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:

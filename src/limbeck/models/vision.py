@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from limbeck import assets, models, seeding
 from limbeck.adapters import NolaConfig
-from limbeck.adapters.lora import draw_start
+from limbeck.adapters.baselines import draw_start
 from limbeck.models import efficientnet
 
 HEADS = ("classifier", "_fc")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck import awaiting, paths, records
+from limbeck import paths, records
 from limbeck.experiments.ledger import Ledger
 from limbeck.workflow import notebooks, probe, stages, trees
 
@@ -81,7 +81,7 @@ def _sealed(names: list[str]) -> Iterator[Sealed]:
             continue
         ledger = Ledger(paper, experiment, profile)
         sealed = Sealed(paper, experiment, profile, ledger, read_records(ledger))
-        if sealed.renewed and str(sealed) in awaiting.listed():
+        if sealed.renewed and str(sealed) in records.awaiting():
             _say(sealed, "awaits a training, skipped")
         elif sealed.renewed:
             yield sealed

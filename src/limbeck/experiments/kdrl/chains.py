@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from limbeck.models import characters
+from limbeck.models import language
 from limbeck.params import one_of, positive
 from limbeck.sampling import Completions, Sampled, Tokens
 from limbeck.tasks import chain_sum
@@ -78,7 +78,7 @@ class Chains:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """One token a character."""
-        return characters.tokenizer(chain_sum.ALPHABET)
+        return language.character_tokenizer(chain_sum.ALPHABET)
 
     @property
     def end(self) -> int:

@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from limbeck import models, params, sampling, seeding, timing
+from limbeck import measurements, models, params, sampling, seeding
 from limbeck.losses import policy
-from limbeck.models import characters, language
+from limbeck.models import language
 from limbeck.tasks import chain_sum
 from limbeck.training import grpo, learner, objectives
 from limbeck.training.rollouts import Problem, Verdict
@@ -113,7 +113,7 @@ def _rows(section: Params, lengths: str, size: int) -> list[dict[str, float | in
         trainer.add_callback(clock)
         steps = {arm: ours(arm, section, lengths, size, asked) for arm in OURS}
         calls = {arm: lambda arm=arm: means[arm].append(steps[arm]()) for arm in OURS} | {"trl": trainer.train}
-        seconds = timing.alternate(calls, rounds=section.rounds) | {"trl": clock.seconds[1:]}
+        seconds = measurements.alternate(calls, rounds=section.rounds) | {"trl": clock.seconds[1:]}
         for arm, index in itertools.product(calls, range(section.rounds)):
             spent, length = seconds[arm][index], means[arm][1 + index]
             row = {"lengths": lengths, "group_size": size, "arm": arm, "round": index, "bench/seconds": spent}
@@ -125,7 +125,7 @@ def _rows(section: Params, lengths: str, size: int) -> list[dict[str, float | in
 
 def start(section: Params, lengths: str, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """An untrained model, and its tokenizer with the token that ends a completion."""
-    tokenizer = characters.tokenizer(chain_sum.ALPHABET)
+    tokenizer = language.character_tokenizer(chain_sum.ALPHABET)
     model = language.load(section.shape, tokenizer, seed=seed)
     if lengths == "full":
         tokenizer.add_special_tokens({"eos_token": "[NEVER]"})

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from limbeck import models
 from limbeck.adapters import NolaConfig
-from limbeck.adapters.lora import draw_start
+from limbeck.adapters.baselines import draw_start
 from limbeck.models import language
 from limbeck.params import positive
 from limbeck.training import resume

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import GPT2Model
 
-from limbeck import memory, params, timing
+from limbeck import measurements, params
 from limbeck.experiments.nola import cost_stack
 
 SECTIONS = {"smoke": "tiny", "bench": "bench"}  # profile: section of params/nola.yaml
@@ -72,8 +72,8 @@ def _rows(section: Params) -> list[dict[str, float | int | str]]:
     size = {"tokens": section.tokens, "width": section.width, "learning_rate": section.learning_rate}
     calls = {arm: cost_stack.step(model, **size) for arm, model in arms.items()}
     settle = {"settle": calls["none"]}  # not read: it pays for the memory that the step before it, the release's, freed
-    seconds = timing.alternate(settle | calls, rounds=section.rounds)
-    once = {arm: {"memory/step": memory.peak_extra(call) / _MEGABYTE} for arm, call in calls.items()}
+    seconds = measurements.alternate(settle | calls, rounds=section.rounds)
+    once = {arm: {"memory/step": measurements.peak_extra(call) / _MEGABYTE} for arm, call in calls.items()}
     for arm, found in drawing(arms).items():
         once[arm] |= found
     once["nola_shared"] |= merging(base, arms["nola_shared"], section.tokens)
@@ -107,7 +107,7 @@ def drawing(arms: dict[str, nn.Module]) -> Rows:
     for arm in DRAWN:
         call = cost_stack.factor_passes(arms[arm])
         call()  # threads and buffers that stay
-        found[arm] = min(memory.peak_extra(call) for _ in range(_REPEATS)) / _MEGABYTE
+        found[arm] = min(measurements.peak_extra(call) for _ in range(_REPEATS)) / _MEGABYTE
     return {arm: {"memory/factor": peak, "memory/share": peak / found[WHOLE]} for arm, peak in found.items()}
 
 

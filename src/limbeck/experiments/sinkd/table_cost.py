@@ -16,7 +16,7 @@ import torch
 from geomloss import SamplesLoss
 from torch import Tensor
 
-from limbeck import models, params, seeding, timing
+from limbeck import measurements, models, params, seeding
 from limbeck.experiments.sinkd import encoder, table_encoder, terms
 from limbeck.losses import divergence, manhattan, transport
 
@@ -40,7 +40,7 @@ def measure(profile: str) -> pd.DataFrame:
 
 def _rows(batch: int, classes: int, rounds: int) -> list[dict[str, float | int | str]]:
     calls = losses(batch, classes) | ({"step": step(batch, classes)} if classes <= FEW else {})
-    seconds = timing.alternate(calls, rounds=rounds)
+    seconds = measurements.alternate(calls, rounds=rounds)
     rows = []
     for name, found in seconds.items():
         for index, (spent, kl) in enumerate(zip(found, seconds["kl"], strict=True)):

@@ -1,14 +1,16 @@
-"""PRANC (arXiv 2206.08464) on one weight's update, to compare NOLA with at the same number of coefficients.
+"""What NOLA is compared with at the same number of coefficients: PRANC, and LoRA as it starts.
 
-Delta W = sum_i c_i C_i / sqrt(p), C_i [in, out] full matrices from the generator of NOLA's bases; a convolution is a
-matrix [c_in h w, out]. Left out: PRANC's own setting, a whole network as one sum of random networks; the comparison is
-about Delta W alone.
+PRANC (arXiv 2206.08464) on one weight's update: Delta W = sum_i c_i C_i / sqrt(p), C_i [in, out] full matrices from the
+generator of NOLA's bases; a convolution is a matrix [c_in h w, out]. Left out: PRANC's own setting, a whole network as
+one sum of random networks; the comparison is about Delta W alone.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from limbeck import seeding
 from limbeck.adapters.basis import Bank, Stream
 from limbeck.adapters.combination import Factor
 
@@ -41,3 +43,16 @@ def attach_pranc(
     update = Pranc(layer.weight, num_basis=num_basis, seed=seed, key=key, scale=scale)
     parametrize.register_parametrization(layer, "weight", update)
     return update.coefficients
+
+
+def draw_start(model: nn.Module, seed: int) -> None:
+    """Draw A of every LoRA layer (arXiv 2106.09685) anew, within 1 / sqrt(inputs); B is 0 already.
+
+    PEFT draws from the global generator. Here a layer's draw depends on its name and the seed alone, and is made on the
+    CPU wherever the layer is; a convolution has c_in h w inputs.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            bound = parameter[0].numel() ** -0.5
+            drawn = torch.empty(parameter.shape, dtype=parameter.dtype)
+            parameter.data.copy_(drawn.uniform_(-bound, bound, generator=seeding.generator(seed, "lora", name)))
