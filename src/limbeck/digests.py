@@ -196,7 +196,6 @@ def _groups(forms: dict[Definition, NormalForm]) -> Iterator[list[Definition]]:
 
 
 def _hash(form: NormalForm, hashes: dict[Definition, str], words: set[str]) -> str:
-    """The hash of a normal form, once what it refers to has one."""
     text, mentioned = [], set()
     for part in form.parts:
         if isinstance(part, Parameter):

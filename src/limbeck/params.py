@@ -33,7 +33,6 @@ class Settings:
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Check the choices that no type can."""
         if self.profile == "full":
             raise ValueError("profile full has a pipeline of its own: run `make full`, and leave params.yaml as it was")
         one_of("profile", self.profile, PROFILES)

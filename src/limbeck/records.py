@@ -126,7 +126,7 @@ def awaiting_line(paper: str, experiment: str, profile: str) -> str:
 
 
 def frame(runs: Sequence[Mapping[str, Any]], replicate: str = "seed") -> pd.DataFrame:
-    """Coordinates and metrics as columns; one row a record, or one row an element where metrics are lists.
+    """Coordinates and metrics as columns; one row per record, or one per element where metrics are lists.
 
     The column `replicate` is the cell's own coordinate, or else counts the elements: 0, 1, 2 ...
     A number is a list of one: beside a list it stands on the first row only, so it never counts as many replicates.
@@ -150,7 +150,7 @@ def frame(runs: Sequence[Mapping[str, Any]], replicate: str = "seed") -> pd.Data
 
 
 def curves(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The curves of runs of a loop, one row a window: coordinates, `window`, `step` and `tokens` at its end, and means.
+    """The curves of runs of a loop, one row per window: coordinates, `window`, `step` and `tokens` at its end, means.
 
     Only what was measured in every window has a column. Runs without a curve have no row.
     """

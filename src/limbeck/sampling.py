@@ -29,7 +29,7 @@ _MANTISSA = 53  # bits of a float64
 
 
 class Completions(NamedTuple):
-    """What was sampled, a row a completion, those of a prompt next to each other; padded on the right.
+    """What was sampled, one row per completion, those of a prompt next to each other; padded on the right.
 
     `logprobs` are those of the sampler, 0 outside the mask; `ended` says which completions hold the end token (the
     others were cut).
@@ -67,7 +67,6 @@ class Sampled:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        """Check the temperature."""
         _require_temperature(self.temperature)
 
     def __call__(
@@ -103,7 +102,7 @@ def choose(
 
 @torch.no_grad()
 def _decode(sampler: Sampled, prompts: Sequence[Tokens], uniforms: Tensor, group_size: int) -> Completions:
-    """Prompts on the left of a common edge, then a token a step for all that have not ended."""
+    """Prompts on the left of a common edge, then one token per step for all that have not ended."""
     model, device = sampler.model, sampler.model.device
     tokens = torch.zeros(uniforms.shape, dtype=torch.long, device=device)
     logprobs, mask = torch.zeros(uniforms.shape, device=device), torch.zeros_like(tokens, dtype=torch.bool)

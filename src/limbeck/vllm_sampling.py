@@ -39,7 +39,6 @@ class VllmSampled:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check what a later call would find out too late."""
         if not self.temperature > 0:
             raise ValueError(f"received temperature {self.temperature}, expected temperature > 0")
         if importlib.util.find_spec("vllm") is None:
@@ -85,7 +84,6 @@ def _engine(model: PreTrainedModel) -> Any:
 
 
 def _completions(outputs: list[Any], where: torch.device) -> Completions:
-    """vLLM's outputs as rows, padded on the right."""
     rows = [torch.tensor(output.token_ids) for output in outputs]
     logprobs = [
         torch.tensor([top[token].logprob for token, top in zip(output.token_ids, output.logprobs, strict=True)])

@@ -1,7 +1,7 @@
 """What the file of an adapter holds: its coefficients, and from which bases they are counted; never the bases.
 
-For each adapted module [alpha, beta], a row a matrix (`nola_coefficients`; packed into bytes with `nola_scales` where
-they are quantised), and of the whole adapter the seed, the generator and a checksum of its bases. Loading is strict:
+For each adapted module [alpha, beta], one row per matrix (`nola_coefficients`; packed into bytes with `nola_scales` if
+quantised), and of the whole adapter the seed, the generator and a checksum of its bases. Loading is strict:
 a key, a shape or a base that differs is an error, since PEFT itself would go on with coefficients of other bases.
 """
 

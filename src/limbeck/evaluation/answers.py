@@ -116,7 +116,6 @@ def _batches(questions: Sequence[Question]) -> list[list[int]]:
 
 
 def _scores(model: PreTrainedModel, questions: Sequence[Question]) -> list[list[float]]:
-    """The log-probability of each answer of each question."""
     steps = [
         ((row, choice[:k]), choice[k])
         for row, question in enumerate(questions)

@@ -13,7 +13,7 @@ from sacrebleu.metrics import BLEU
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU in [0, 100]; texts may have unequal numbers of references.
 
-    sacrebleu takes one stream a reference; where a text has fewer than another, None stands in its stream.
+    sacrebleu takes one stream per reference; where a text has fewer than another, None stands in its stream.
     """
     _check(texts, references)
     most = max(map(len, references))
@@ -33,7 +33,7 @@ def rouge_l(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 
 def overlaps(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Both, by name."""
+    """BLEU and ROUGE-L by name, as records have them."""
     return {"bleu": bleu(texts, references), "rouge_l": rouge_l(texts, references)}
 
 

@@ -62,7 +62,7 @@ def load(paper: str) -> tuple[Claim, ...]:
 
 
 def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """One decision a claim, ready for JSON: `ours` with `interval`, `level`, `count`, the rule in words, the verdict.
+    """One decision per claim, ready for JSON: `ours` with `interval`, `level`, `count`, the rule in words, the verdict.
 
     `ours` is the mean of left - right, of Kendall's tau for `monotone`, of left for `exact` and `report`.
     Holm's family is every claim with a test and enough replicates: pass the claims of one exhibit, all of them.
@@ -82,13 +82,13 @@ def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]
 
 
 def table(decisions: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Decisions as a table to show, one row a claim."""
+    """Decisions as a table to show, one row per claim."""
     columns = ["statement", "rule", "ours", "interval", "level", "count", "verdict"]
     return pd.DataFrame(list(decisions), columns=["id", *columns]).set_index("id")
 
 
 def _measure(rule: Mapping[str, Any], frame: pd.DataFrame) -> np.ndarray | None:
-    """The statistic of a rule, one number a replicate (for `exact`, a row); None where an arm was not run."""
+    """The statistic of a rule, one number per replicate (for `exact`, per row); None where an arm was not run."""
     terms, metric, replicate = rules.terms(rule), rule["metric"], rule.get("replicate", "seed")
     sides = [term for term in terms if isinstance(term, Mapping)]
     named_columns = {replicate, *(name for side in sides for name in side)}

@@ -18,7 +18,7 @@ _KEYS_A_ROW = 4
 
 
 def curve_panels(panels: Mapping[str, Mapping[str, "Curve"]], *, title: str, columns: int = 2) -> Figure:
-    """One panel a name: a line an arm through its means, with its intervals as a band; one key below all.
+    """One panel per name: one line per arm through its means, with its intervals as a band; one key below all.
 
     `panels` is name -> arm -> points (x, estimate of y); names carry what is on both axes, with units. A curve of one
     run has no band. Raises ValueError for an arm without a look.
@@ -46,7 +46,7 @@ def _curve(axes: Axes, arm: str, points: "Curve") -> None:
 
 
 def front(points: Mapping[str, tuple["Estimate", "Estimate"]], *, title: str, xlabel: str, ylabel: str) -> Figure:
-    """Two estimates an arm as a cross of intervals, with the arm's marker where the means meet."""
+    """Two estimates per arm as a cross of intervals, with the arm's marker where the means meet."""
     figure, (axes,) = figures.panels(1, title=title, height=3.6, left=0.75, bottom=1.15)
     with figures.style():
         for arm, (x, y) in points.items():

@@ -1,7 +1,7 @@
-"""Figures: one style, one look an arm, and helpers that draw what they are given and compute nothing.
+"""Figures: one style, one look per arm, and helpers that draw what they are given and compute nothing.
 
-An arm looks the same everywhere (`looks`). Titles state the finding and are passed in; every interval is drawn, and
-the caption says over what. Longer than 200 lines because it holds one helper a kind of picture.
+An arm looks the same everywhere (`palette`). Titles state the finding and are passed in; every interval is drawn, and
+the caption says over what. Long because it holds one helper per kind of picture.
 """
 
 import math
@@ -142,7 +142,7 @@ def interval_panels(
     columns: int = 2,
     zero: bool = False,
 ) -> Figure:
-    """One `interval_plot` a title, on one scale; names and caption stand once. `zero` draws the line of no difference.
+    """One `interval_plot` per title, on one scale; names and caption stand once. `zero` marks no difference.
 
     Raises ValueError if the panels have other arms, or the same in another order: the names would be wrong.
     """
@@ -170,7 +170,7 @@ def response_panels(
     columns: int = 3,
     zero: bool = True,
 ) -> Figure:
-    """One panel a name: a line an arm over the values of one setting, equally spaced in their order, with intervals.
+    """One panel per name: one line per arm, with intervals, over the values of one setting at equal distances.
 
     `groups` is name -> arm -> value -> estimate. With `zero`, no difference is marked and all panels have one scale.
     """
@@ -223,7 +223,7 @@ def heat_panels(
 def line_plot(
     axes: Axes, x: ArrayLike, curves: Mapping[str, ArrayLike], *, xlabel: str, ylabel: str, title: str = ""
 ) -> Axes:
-    """One line an arm over a common axis, on a logarithmic scale, named in a key.
+    """One line per arm over a common axis, on a logarithmic scale, named in a key.
 
     Both labels carry their units. Raises ValueError for an arm without a look, or a curve that does not fit `x`.
     """
@@ -243,7 +243,7 @@ def line_plot(
 def toy_panels(
     grid: ArrayLike, teacher: ArrayLike, fits: Mapping[str, ArrayLike], *, titles: Mapping[str, str]
 ) -> Figure:
-    """One panel a divergence: the teacher filled, the students fitted to it as lines.
+    """One panel per divergence: the teacher filled, the students fitted to it as lines.
 
     All are [grid]; a fit may be [starts, grid], its best start first: that one is drawn strong, the others faint.
     Units: probability of one bin of the grid, for teacher and students alike.

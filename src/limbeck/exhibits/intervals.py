@@ -136,7 +136,7 @@ def responses(
 
 
 def summarise(frame: pd.DataFrame, *, by: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a group and metric, ready for JSON: the group's coordinates, the metric, and its `mean_interval`.
+    """One row per group and metric, ready for JSON: the group's coordinates, the metric, and its `mean_interval`.
 
     A metric that a group was not measured by has no row.
     """
@@ -149,7 +149,7 @@ def summarise(frame: pd.DataFrame, *, by: Sequence[str], metrics: Sequence[str])
 
 
 def show(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """The rows of `summarise` for the eye: a line a group, a column a metric, `mean [low, high]` in each."""
+    """The rows of `summarise` for the eye: one line per group, one column per metric, `mean [low, high]` in each."""
     by = [name for name in rows[0] if name not in ("metric", *(field.name for field in dataclasses.fields(Estimate)))]
     cells = pd.DataFrame(
         [{name: row[name] for name in by} | {"metric": row["metric"], "text": _text(row)} for row in rows]

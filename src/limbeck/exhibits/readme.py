@@ -33,7 +33,7 @@ def rewrite(path: Path) -> None:
 
 
 def sections() -> str:
-    """One markdown section a paper with an exhibit: the table of claims, then each picture with its reading."""
+    """One markdown section per paper with an exhibit: the table of claims, then each picture with its reading."""
     parts = []
     for paper, title in PAPERS.items():
         exhibits = [json.loads(file.read_text(encoding="utf-8")) for file in _files(paper, "json")]
@@ -72,7 +72,7 @@ def _cell(text: str) -> str:
 
 
 def _pictures(paper: str) -> list[str]:
-    """One picture an exhibit, of the first profile that has it, and what its notebook says against it."""
+    """One picture per exhibit, of the first profile that has it, and what its notebook says against it."""
     first = {file.stem: file for file in reversed(_files(paper, "svg"))}
     return [
         f"![{paper}, {stem}](results/{file.parent.parent.name}/{paper}/{stem}.svg)\n\n{_reading(paper, stem)}"

@@ -106,7 +106,7 @@ def p_value(rule: Rule, values: np.ndarray) -> float:
 
 
 def verdict(rule: Rule, values: np.ndarray | None, estimate: intervals.Estimate | None) -> str:
-    """One of the five words; `values` are one a replicate, `estimate` their mean with its interval."""
+    """One of the five words; `values` has one number per replicate, `estimate` is their mean with its interval."""
     kind = rule["kind"]
     if values is None or kind == "report":
         return "not tested"

@@ -155,7 +155,6 @@ def budget(model: nn.Module) -> int:
 
 
 def _of(model: nn.Module, targets: list[str]) -> list[str]:
-    """The names of the layers to adapt."""
     return _CONVOLUTIONS if isinstance(model, efficientnet.EfficientNet) else targets
 
 

@@ -1,7 +1,7 @@
 """Chains of additions and subtractions from reasoning-gym, with worked solutions and its own verifier.
 
 A `Family` says how many terms and digits; its examples are drawn in one order and no expression comes twice, so
-parts that are cut from it share none. A worked solution writes one step a term, whole (`12+5=17;17-3=14`) or only its
+parts that are cut from it share none. A worked solution writes one step per term, whole (`12+5=17;17-3=14`) or only its
 result (`17;14`); some steps may carry a mistake, with which it goes on.
 """
 
@@ -65,7 +65,7 @@ def examples(family: Family, count: int, *, seed: int) -> list[Example]:
 
 
 def solution(example: Example, *, terse: float = 0.0, mistakes: float = 0.0, seed: int = 0) -> str:
-    """A worked solution: a step a term, with its working or, with probability `terse` each, its result alone.
+    """A worked solution: one step per term, with its working or, with probability `terse` each, its result alone.
 
     Each result is wrong with probability `mistakes`, and the chain goes on with it. Both are drawn by `seed` and the
     expression.

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from limbeck import seeding
 from limbeck.tasks import glue, multiwoz_acts, topics, vader
 
-_CHARACTERS = 12  # a token; texts have 4 to 6 a token, so that no token is lost where a long text is cut
+_CHARACTERS = 12  # per token; texts have 4 to 6, so that no token is lost where a long text is cut
 T = TypeVar("T")
 
 

@@ -57,7 +57,7 @@ def examples(count: int, *, seed: int) -> list[Example]:
 
 
 def solution(example: Example) -> str:
-    """The worked solution, a sentence a line; the last line is `#### ` and the answer, spelled as the gold one."""
+    """The worked solution, one sentence per line; the last line is `#### ` and the answer, spelled as the gold one."""
     return f"{example.entry['metadata']['answer_cot'].rpartition(_END)[0]}{_END} {example.gold}"
 
 

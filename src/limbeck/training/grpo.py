@@ -1,4 +1,4 @@
-"""Learning from one's own completions: roll out, verify, score, one optimiser step; one record a step.
+"""Learning from one's own completions: roll out, verify, score, one optimiser step; one record per step.
 
 What is minimised is an argument, so every arm of a comparison is this loop. A step's loss is a sum of terms over all of
 its completions, each with the weight that it has in the whole step, so neither the cut into micro-batches nor the
@@ -33,11 +33,12 @@ def fit(
     state: Path | None,
     measure: Callable[[], Metrics] | None = None,
 ) -> Generator[Metrics, None, Curve]:
-    """Train on the problems of each step, one rollout a `next`; returns the curve, a mean a window of `save_every`.
+    """Train on the problems of each step, one rollout per `next`; returns the curve.
 
-    The curve also holds the largest gradient norm of each window, as `optimiser/gradient_norm_max`, and what `measure`
-    says at its end. There the run is saved to `state`, if there is one, and a later call with the same arguments goes
-    on from it, on a CPU to the bit. AdamW at a constant rate, betas (0.9, 0.999), no weight decay, clipped gradients.
+    The curve holds a mean of every number per window of `save_every` steps, the window's largest gradient norm, as
+    `optimiser/gradient_norm_max`, and what `measure` says at its end. There the run is saved to `state`, if there is
+    one, and a later call with the same arguments goes on from it, on a CPU to the bit. AdamW at a constant rate, betas
+    (0.9, 0.999), no weight decay, clipped gradients.
     """
     settings = run.settings
     optimiser = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=0.0, fused=True)

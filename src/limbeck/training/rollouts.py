@@ -45,7 +45,7 @@ def batches(count: int, *, size: int, steps: int, source: torch.Generator) -> li
 
 @dataclass(frozen=True)
 class Rollout:
-    """The completions of a step, a row each, and what is known of them before any gradient."""
+    """The completions of a step, one row each, and what is known of them before any gradient."""
 
     prompts: list[Tokens]
     completions: list[Tokens]

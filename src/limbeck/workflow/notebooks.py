@@ -105,7 +105,6 @@ def canonical(notebook: nbformat.NotebookNode) -> str:
 
 
 def _provenance(inputs: dict[str, str], seconds: float) -> str:
-    """Commit, versions, machine, seconds and the checksum of every input, as JSON."""
     versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     packages = ("torch", "transformers", "datasets", "peft", "POT", "numpy", "scipy", "pandas", "matplotlib", "dvc")
     return (
