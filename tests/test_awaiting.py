@@ -20,8 +20,8 @@ def test_without_a_file_nothing_awaits(tmp_path, monkeypatch):
 def test_an_entry_is_told_in_one_line_for_its_own_profile_alone(write):
     write("default/kdrl/table_main: {commit: abc, reason: a fault}\n")
     assert records.awaiting_line("kdrl", "table_main", "full") == ""
-    told = records.awaiting_line("kdrl", "table_main", "default")
-    assert told == "The records of table_main are of earlier code (commit abc): a fault.\n"
+    line = records.awaiting_line("kdrl", "table_main", "default")
+    assert line == "The records of table_main are of earlier code (commit abc): a fault.\n"
 
 
 @pytest.mark.parametrize("text", ["a/b: {commit: c, reason: r}", "a/b/c: {commit: c}", "a/b/c: c"])

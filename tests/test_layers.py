@@ -51,14 +51,14 @@ def layer(module):
 
 def imported(module):
     """The modules of the package that a module imports, anywhere in it."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(FILES[module].read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in (name.removeprefix("limbeck.") for name in names if name.startswith("limbeck.")):
-            found.add(name if name in FILES else name.rpartition(".")[0])
-    return found - {module}
+            modules.add(name if name in FILES else name.rpartition(".")[0])
+    return modules - {module}
 
 
 def test_every_folder_says_what_it_may_import():

@@ -19,12 +19,12 @@ def model(request):
         if request.param == "llama":
             size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
             config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=40, initializer_range=0.4, **size)
-            found = LlamaForCausalLM(config)
+            decoder = LlamaForCausalLM(config)
         else:
             size = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40}
             config = GPT2Config(vocab_size=VOCABULARY, initializer_range=0.4, **size)
-            found = GPT2LMHeadModel(config)
-    return found.eval().double()
+            decoder = GPT2LMHeadModel(config)
+    return decoder.eval().double()
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +61,17 @@ def slowly(model, prompt, numbers, temperature):
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
 def test_each_completion_is_what_its_numbers_alone_choose(model, temperature):
-    found = draw(sampling.Sampled(model, END, temperature))
+    sampled = draw(sampling.Sampled(model, END, temperature))
     lengths = set()
     for row, (prompt, sample) in enumerate(itertools.product(range(4), range(3))):
         tokens, logprobs = slowly(model, PROMPTS[prompt], sampling.uniform(0, prompt, sample, 9), temperature)
-        assert found.rows()[row] == tuple(tokens)
-        assert found.logprobs[row, : len(tokens)].tolist() == pytest.approx(logprobs, abs=1e-5)
-        assert not found.logprobs[row, len(tokens) :].any()
-        assert bool(found.ended[row]) == (tokens[-1] == END)
+        assert sampled.rows()[row] == tuple(tokens)
+        assert sampled.logprobs[row, : len(tokens)].tolist() == pytest.approx(logprobs, abs=1e-5)
+        assert not sampled.logprobs[row, len(tokens) :].any()
+        assert bool(sampled.ended[row]) == (tokens[-1] == END)
         lengths.add(len(tokens))
     assert len(lengths) > 1, "all completions are of one length"
-    assert found.ended.any() and not found.ended.all()
+    assert sampled.ended.any() and not sampled.ended.all()
 
 
 def test_neither_the_batch_nor_its_order_nor_the_group_changes_a_sample(sampler):
@@ -122,13 +122,13 @@ def test_a_token_without_probability_is_never_chosen_not_even_at_the_ends(u):
 
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
 def test_scoring_gives_the_samplers_log_probabilities_at_its_temperature(model, temperature):
-    found = draw(sampling.Sampled(model, END, temperature))
+    sampled = draw(sampling.Sampled(model, END, temperature))
     prompts = [prompt for prompt in PROMPTS for _ in range(3)]
-    scored = score(model, prompts, found.rows(), temperature)
-    torch.testing.assert_close(scored.float(), found.logprobs, atol=1e-5, rtol=1e-5)
-    assert not scored[~found.mask].any()
-    other = score(model, prompts, found.rows(), 0.5)
-    assert (other - found.logprobs)[found.mask].abs().mean() > 0.05
+    scored = score(model, prompts, sampled.rows(), temperature)
+    torch.testing.assert_close(scored.float(), sampled.logprobs, atol=1e-5, rtol=1e-5)
+    assert not scored[~sampled.mask].any()
+    other = score(model, prompts, sampled.rows(), 0.5)
+    assert (other - sampled.logprobs)[sampled.mask].abs().mean() > 0.05
 
 
 def test_scores_do_not_depend_on_the_rows_beside_them_and_neither_do_gradients(model):
@@ -141,13 +141,13 @@ def test_scores_do_not_depend_on_the_rows_beside_them_and_neither_do_gradients(m
         return values, torch.autograd.grad(values.sum(), weights)
 
     whole, expected = gradients(range(12))
-    turned, found = gradients(range(11, -1, -1))
+    turned, straight = gradients(range(11, -1, -1))
     torch.testing.assert_close(turned.flip(0), whole, atol=1e-6, rtol=0)
     alone = [gradients([i]) for i in range(12)]
     for i, (values, _) in enumerate(alone):
         torch.testing.assert_close(values[0], whole[i, : values.shape[1]], atol=1e-6, rtol=0)
     summed = [sum(parts) for parts in zip(*(g for _, g in alone), strict=True)]
-    for one, other, third in zip(expected, found, summed, strict=True):
+    for one, other, third in zip(expected, straight, summed, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(one, third, atol=1e-5, rtol=1e-5)
 

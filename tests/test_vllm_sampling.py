@@ -68,10 +68,12 @@ def engines(monkeypatch):
             (end,) = x.stop_token_ids
             model = self.llm_engine.model_executor.driver_worker.model_runner.model.model
             sampler = sampling.Sampled(model, end, x.temperature)
-            found = sampler([prompt], [0], group_size=x.n, longest=x.max_tokens, seed=x.seed)
+            sampled = sampler([prompt], [0], group_size=x.n, longest=x.max_tokens, seed=x.seed)
             outputs = []
-            for row, said, ended in zip(found.rows(), found.logprobs.tolist(), found.ended.tolist(), strict=True):
-                each = [{token: SimpleNamespace(logprob=value)} for token, value in zip(row, said, strict=False)]
+            for row, logprobs, ended in zip(
+                sampled.rows(), sampled.logprobs.tolist(), sampled.ended.tolist(), strict=True
+            ):
+                each = [{token: SimpleNamespace(logprob=value)} for token, value in zip(row, logprobs, strict=False)]
                 reason = "stop" if ended else "length"
                 outputs.append(SimpleNamespace(token_ids=list(row), logprobs=each, finish_reason=reason))
             return SimpleNamespace(outputs=outputs)
@@ -93,17 +95,17 @@ def test_what_it_says_of_its_samples_is_what_the_model_says(engines, temperature
     model = drawn(0)
     sampler = VllmSampled(model, END, temperature)
     assert isinstance(sampler, Sampler)
-    found = draw(sampler)
-    rows, prompts = found.rows(), [prompt for prompt in PROMPTS for _ in range(4)]
+    sampled = draw(sampler)
+    rows, prompts = sampled.rows(), [prompt for prompt in PROMPTS for _ in range(4)]
     assert len(rows) == 12
-    assert found.ended.tolist() == [row[-1] == END for row in rows]
-    assert 0 < found.ended.sum() < 12
+    assert sampled.ended.tolist() == [row[-1] == END for row in rows]
+    assert 0 < sampled.ended.sum() < 12
     assert all(END not in row[:-1] for row in rows)
     with torch.no_grad():
         logits, kept = sampling.completion_logits(model, prompts, rows, temperature=temperature)
         expected = sampling.completion_logprobs(logits, kept, rows)
-    assert torch.equal(found.mask, kept)
-    torch.testing.assert_close(found.logprobs, expected, atol=1e-5, rtol=0)
+    assert torch.equal(sampled.mask, kept)
+    torch.testing.assert_close(sampled.logprobs, expected, atol=1e-5, rtol=0)
     assert [params.temperature for params in engines[0].asked[0]] == [temperature] * 3
 
 

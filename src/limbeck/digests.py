@@ -66,11 +66,6 @@ def cells(notebook: Path) -> list[str]:
     return [cell.source for cell in content.cells if cell.cell_type == "code"]
 
 
-def reached(*names: str) -> set[Definition]:
-    """Every definition that some definitions reach, themselves included."""
-    return set(_Closure([_named(name) for name in names], []).forms)
-
-
 def words(paper: str, experiment: str) -> set[str]:
     """The words that an experiment's code says as text, such as the name of another whose checkpoints it reads."""
     module = module_of(paper, experiment)

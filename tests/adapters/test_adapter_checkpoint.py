@@ -70,13 +70,13 @@ def test_another_process_with_other_generators_gives_the_same_bits(tmp_path):
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_a_loaded_adapter_computes_the_same_bits(name, options, tmp_path):
     model = trained(name, **options)
-    found = outputs(name, model)
+    computed = outputs(name, model)
     for _ in range(2):  # again from what was loaded
         model.save_pretrained(str(tmp_path))
         torch.rand(3)
         model = PeftModel.from_pretrained(tiny_hosts.host(name), str(tmp_path), is_trainable=True)
-        assert torch.equal(outputs(name, model), found)
-    assert (found - outputs(name, tiny_hosts.host(name))).abs().max() > 1e-3
+        assert torch.equal(outputs(name, model), computed)
+    assert (computed - outputs(name, tiny_hosts.host(name))).abs().max() > 1e-3
 
 
 def test_the_file_holds_coefficients_and_their_origin_alone(tmp_path):
@@ -197,14 +197,14 @@ def test_a_host_of_another_width_is_refused_though_the_coefficients_would_fit(sa
 
 def test_saved_bases_make_the_generator_unimportant(tmp_path, monkeypatch):
     model = trained("llama", save_basis=True)
-    found = outputs("llama", model)
+    computed = outputs("llama", model)
     model.save_pretrained(str(tmp_path))
     state = load_file(tmp_path / "adapter_model.safetensors")
     assert tuple(state[f"{ROOT}basis.12x3.A"].shape) == (7, 36)
     assert tuple(state[f"{ROOT}basis.20x3.A0"].shape) == (1, 60)
     monkeypatch.setattr(Stream, "draw", lambda *_: pytest.fail("drawn"))
     read = PeftModel.from_pretrained(tiny_hosts.host("llama"), str(tmp_path))
-    assert torch.equal(outputs("llama", read), found)
+    assert torch.equal(outputs("llama", read), computed)
     read.save_pretrained(str(tmp_path / "again"))
     damaged = state | {f"{ROOT}basis.12x3.A": state[f"{ROOT}basis.12x3.A"] + 1}
     with pytest.raises(ValueError, match="checksum of its bases"):
@@ -220,10 +220,10 @@ def test_saved_bases_make_the_generator_unimportant(tmp_path, monkeypatch):
 @pytest.mark.parametrize("cache_bytes", [0, 10**6])
 def test_saved_bases_are_those_of_their_adapter_alone(tmp_path, cache_bytes):
     """Another adapter of the same seed has more bases, or a file with fewer."""
-    found = {}
+    computed = {}
     for count in (7, 4):
         model = trained("llama", save_basis=True, num_basis=count, cache_bytes=cache_bytes)
-        found[count] = outputs("llama", model)
+        computed[count] = outputs("llama", model)
         model.save_pretrained(str(tmp_path / str(count)))
     alone = trained("llama", num_basis=12, cache_bytes=cache_bytes)
     read = PeftModel.from_pretrained(tiny_hosts.host("llama"), str(tmp_path / "7"))
@@ -231,7 +231,7 @@ def test_saved_bases_are_those_of_their_adapter_alone(tmp_path, cache_bytes):
     read.load_adapter(str(tmp_path / "4"), "fewer")
     state = get_peft_model_state_dict(alone)
     set_peft_model_state_dict(read, state, adapter_name="more")
-    for adapter, expected in {"more": outputs("llama", alone), "fewer": found[4], "default": found[7]}.items():
+    for adapter, expected in {"more": outputs("llama", alone), "fewer": computed[4], "default": computed[7]}.items():
         read.set_adapter(adapter)
         assert torch.equal(outputs("llama", read), expected), adapter
 

@@ -23,11 +23,11 @@ SHAPES = [(1, 1), (3, 5), (4, 4), (17, 15), (64, 2)]
 @pytest.mark.parametrize("distribution", basis.DISTRIBUTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_each_value_comes_from_the_bits_of_its_word(distribution, shape):
-    found = Stream(5, "layer", "A", shape, distribution).draw(0, 4)
+    drawn = Stream(5, "layer", "A", shape, distribution).draw(0, 4)
     expected = materialised.bases(5, "layer", "A", shape, 4, distribution).flatten(1)
-    torch.testing.assert_close(found.double(), expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(drawn.double(), expected, atol=1e-7, rtol=0)
     if distribution == "uniform":
-        assert torch.equal(found.double(), expected)
+        assert torch.equal(drawn.double(), expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,9 +70,9 @@ def threads(monkeypatch):
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_any_number_of_threads_draws_the_same_bits(threads, distribution, shape, number):
     names = threads(number)
-    found = Stream(5, "layer", "A", shape, distribution).draw(1, 3)
+    drawn = Stream(5, "layer", "A", shape, distribution).draw(1, 3)
     expected = materialised.bases(5, "layer", "A", shape, 4, distribution).flatten(1)[1:]
-    torch.testing.assert_close(found.double(), expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(drawn.double(), expected, atol=1e-7, rtol=0)
     assert names == ({"limbeck-bases"} if number > 1 else {""}), "the pool serves, but not where there is one thread"
 
 
@@ -220,8 +220,8 @@ def test_no_thread_meets_bases_that_another_has_not_drawn_to_the_end():
 
 def test_a_checksum_tells_every_difference_and_no_order():
     streams = [Stream(0, "a", "A", (6, 4)), Stream(0, "b", "A", (6, 4))]
-    found = Bank().checksum(streams)
-    assert Bank().checksum([*reversed(streams), streams[0]]) == found
+    checksum = Bank().checksum(streams)
+    assert Bank().checksum([*reversed(streams), streams[0]]) == checksum
     others = [
         Stream(1, "a", "A", (6, 4)),
         Stream(0, "c", "A", (6, 4)),
@@ -229,6 +229,6 @@ def test_a_checksum_tells_every_difference_and_no_order():
         Stream(0, "a", "A", (4, 6)),
         Stream(0, "a", "A", (6, 4), "normal"),
     ]
-    sums = {found, *(Bank().checksum([other, streams[1]]) for other in others)}
+    sums = {checksum, *(Bank().checksum([other, streams[1]]) for other in others)}
     assert len(sums) == 1 + len(others)
-    assert Bank({streams[0]: torch.zeros(3, 24)}).checksum(streams) != found
+    assert Bank({streams[0]: torch.zeros(3, 24)}).checksum(streams) != checksum

@@ -49,8 +49,8 @@ def draws(monkeypatch):
 def test_value_and_gradient_are_those_of_the_sum_written_out(chunk_size, budget, keys):
     coefficients, weights = numbers(len(keys), K), numbers(len(keys), *SHAPE).detach()
     factor = Factor(Bank(), streams(*keys), K, fixed=fixed(*keys), chunk_size=chunk_size, budget=budget)
-    found = factor(coefficients)
-    (found * weights).sum().backward()
+    value = factor(coefficients)
+    (value * weights).sum().backward()
     grad, coefficients.grad = coefficients.grad, None
     expected = torch.stack(
         [
@@ -63,7 +63,7 @@ def test_value_and_gradient_are_those_of_the_sum_written_out(chunk_size, budget,
         ]
     )
     (expected * weights).sum().backward()
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(grad, coefficients.grad, atol=1e-12, rtol=0)
 
 
@@ -85,9 +85,9 @@ def test_half_precision_is_summed_in_single_and_rounded_once():
     for chunk_size in (1, 10):
         factor = Factor(Bank(), streams("x"), K, fixed=fixed("x"), chunk_size=chunk_size)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = factor(coefficients)
-        assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found, factor.value(coefficients.float()).bfloat16(), atol=0, rtol=2**-8)
+            value = factor(coefficients)
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value, factor.value(coefficients.float()).bfloat16(), atol=0, rtol=2**-8)
 
 
 def test_autocast_does_not_reach_the_sum():
@@ -158,10 +158,10 @@ def test_the_sum_is_built_once_until_a_coefficient_changes(draws):
         change()
         draws.clear()
         for _ in range(3):
-            found = factor(coefficients)
+            value = factor(coefficients)
         drawn = len(draws)
         expected = Factor(Bank(), streams("x"), K)(coefficients)
-        assert torch.equal(found, expected)
+        assert torch.equal(value, expected)
         return drawn
 
     assert builds(lambda: None) == 1
@@ -202,7 +202,7 @@ def test_a_fused_step_is_seen_on_a_device_too_and_frozen_coefficients_are_not_co
 
 @pytest.mark.parametrize("budget", [10**6, 0])
 def test_a_compiled_sum_computes_and_learns_as_it_does_uncompiled_from_its_first_call(budget):
-    found = []
+    results = []
     for wrap in (functools.partial(torch.compile, backend="eager"), lambda plain: plain):
         factor, weight = Factor(Bank(), streams("x"), K, budget=budget), torch.nn.Parameter(numbers(1, K).detach())
         loss_of = wrap(lambda coefficients, factor=factor: (factor(coefficients) * 2).square().sum())
@@ -210,8 +210,8 @@ def test_a_compiled_sum_computes_and_learns_as_it_does_uncompiled_from_its_first
             loss = loss_of(weight)
             (grad,) = torch.autograd.grad(loss, weight)
             weight.data -= 0.01 * grad
-        found.append((loss.detach(), weight.detach()))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+        results.append((loss.detach(), weight.detach()))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 def test_another_tensor_with_the_same_version_is_not_mistaken_for_the_first():

@@ -85,12 +85,12 @@ def test_output_and_gradients_are_those_of_the_written_out_update(kind, options)
     shape = (adapter.in_features, adapter.out_features)
     keys = materialised.shared_keys(config, shape) if config.share_basis else ("layer", "layer")
     expected = with_update(layer, x, materialised.update(config, keys, shape, alpha[0], beta[0]))
-    found = model(x)
+    output = model(x)
     close = 1e-6 if config.basis_distribution == "normal" else 1e-11  # another inverse of the normal CDF
-    torch.testing.assert_close(found, expected, atol=close, rtol=close)
-    direction = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    torch.testing.assert_close(output, expected, atol=close, rtol=close)
+    direction = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
     wanted = torch.autograd.grad((expected * direction).sum(), (x, alpha, beta))
-    given = torch.autograd.grad((found * direction).sum(), (x, alpha, beta))
+    given = torch.autograd.grad((output * direction).sum(), (x, alpha, beta))
     torch.testing.assert_close(given, wanted, atol=10 * close, rtol=10 * close)
     assert min(grad.abs().max() for grad in wanted) > 1e-3
 
@@ -164,9 +164,9 @@ def test_the_start_changes_nothing_and_only_beta_learns_at_first(name):
 @pytest.mark.parametrize("name", tiny_hosts.HOSTS)
 def test_the_mean_start_moves_the_output_and_both_learn(name):
     model = tiny_hosts.adapted(name, init="mean")
-    base, found = tiny_hosts.outputs(name, tiny_hosts.host(name)), tiny_hosts.outputs(name, model)
-    assert (found - base).abs().max() > 1e-6
-    found.square().sum().backward()
+    base, adapted = tiny_hosts.outputs(name, tiny_hosts.host(name)), tiny_hosts.outputs(name, model)
+    assert (adapted - base).abs().max() > 1e-6
+    adapted.square().sum().backward()
     for layer in tiny_hosts.nola_layers(model).values():
         assert all(c.grad.abs().min() > 0 for c in layer.coefficients("default"))
 

@@ -17,8 +17,8 @@ EVERY = [(name, dtype) for name in tiny_hosts.HOSTS for dtype in DTYPES]
 LANGUAGE = ["gpt2", "llama", "t5"]
 
 
-def close(found, expected, dtype=torch.float32):
-    torch.testing.assert_close(found, expected, atol=DTYPES[dtype], rtol=DTYPES[dtype])
+def close(received, expected, dtype=torch.float32):
+    torch.testing.assert_close(received, expected, atol=DTYPES[dtype], rtol=DTYPES[dtype])
 
 
 def outputs(name, model, dtype=torch.float32):
@@ -50,21 +50,21 @@ def test_a_few_steps_lower_the_loss_and_leave_the_host_as_it_was(name, dtype):
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_disabling_gives_the_host_and_enabling_the_adapter(name, dtype):
     model = trained(name, dtype)
-    found = outputs(name, model, dtype)
+    adapted = outputs(name, model, dtype)
     base = outputs(name, tiny_hosts.host(name, dtype), dtype)
-    assert (found - base).abs().max() > DTYPES[dtype]
+    assert (adapted - base).abs().max() > DTYPES[dtype]
     with model.disable_adapter():
         assert torch.equal(outputs(name, model, dtype), base)
-    assert torch.equal(outputs(name, model, dtype), found)
+    assert torch.equal(outputs(name, model, dtype), adapted)
     assert all(p.requires_grad for key, p in model.named_parameters() if "nola_" in key)
 
 
 @pytest.mark.parametrize(("name", "dtype"), EVERY)
 def test_merging_keeps_the_outputs_and_unmerging_gives_the_weights_back(name, dtype):
     model = trained(name, dtype)
-    found, before = outputs(name, model, dtype), {k: v.clone() for k, v in model.state_dict().items()}
+    adapted, before = outputs(name, model, dtype), {k: v.clone() for k, v in model.state_dict().items()}
     model.merge_adapter(safe_merge=True)
-    close(outputs(name, model, dtype), found, dtype)
+    close(outputs(name, model, dtype), adapted, dtype)
     weights = [layer.weight for layer in tiny_hosts.nola_layers(model).values()]
     assert weights[0].dtype == dtype
     model.unmerge_adapter()
@@ -78,7 +78,7 @@ def test_merging_keeps_the_outputs_and_unmerging_gives_the_weights_back(name, dt
     whole = model.merge_and_unload(safe_merge=True)
     assert type(whole) is type(tiny_hosts.host(name))
     assert not [key for key in whole.state_dict() if "nola" in key]
-    close(outputs(name, whole, dtype), found, dtype)
+    close(outputs(name, whole, dtype), adapted, dtype)
 
 
 @pytest.mark.parametrize("name", tiny_hosts.HOSTS)
@@ -203,14 +203,14 @@ def test_micro_batches_build_each_factor_once(monkeypatch):
 @pytest.mark.parametrize("name", tiny_hosts.HOSTS)
 def test_copies_and_pickles_compute_the_same_and_hold_no_bases(name):
     model = trained(name)
-    found = outputs(name, model)
+    computed = outputs(name, model)
     copied = copy.deepcopy(model)
     data = pickle.dumps(model)
     assert len(data) < len(pickle.dumps(trained(name, num_basis=(7, 5)))) + 1000  # one that has built nothing
-    assert torch.equal(outputs(name, pickle.loads(data)), found)  # noqa: S301
+    assert torch.equal(outputs(name, pickle.loads(data)), computed)  # noqa: S301
     tiny_hosts.perturb(model, seed=3)
-    assert torch.equal(outputs(name, copied), found)
-    assert not torch.equal(outputs(name, model), found)
+    assert torch.equal(outputs(name, copied), computed)
+    assert not torch.equal(outputs(name, model), computed)
 
 
 @pytest.mark.parametrize("name", tiny_hosts.HOSTS)

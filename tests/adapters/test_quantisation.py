@@ -21,8 +21,8 @@ def vectors(rows=2, n=50, dtype=torch.float64):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_each_value_goes_to_its_nearest_level_of_its_own_vector(bits, dtype):
     values = vectors(dtype=dtype) * torch.tensor([[1.0], [100.0]], dtype=dtype)
-    found = quantised(values, bits)
-    for row, out in zip(values, found, strict=True):
+    rounded = quantised(values, bits)
+    for row, out in zip(values, rounded, strict=True):
         top = row.abs().max().float().to(dtype)
         grid = torch.arange(-LEVELS[bits], LEVELS[bits] + 1, dtype=dtype) / LEVELS[bits] * top
         nearest = grid[(row[:, None] - grid).abs().argmin(1)]
@@ -45,9 +45,9 @@ def test_packing_is_undone_by_unpacking_and_takes_as_many_bits_as_it_says(bits, 
     top = LEVELS[bits]
     numbers = data.draw(st.lists(st.integers(-top, top), min_size=n * rows, max_size=n * rows))
     numbers = torch.tensor(numbers, dtype=torch.int8).view(rows, n)
-    found = packed(numbers, bits)
-    assert found.shape == (rows, -(-bits * n // 8))
-    assert torch.equal(unpacked(found, bits, n), numbers)
+    stored = packed(numbers, bits)
+    assert stored.shape == (rows, -(-bits * n // 8))
+    assert torch.equal(unpacked(stored, bits, n), numbers)
 
 
 def test_packing_writes_the_bits_one_after_another():
@@ -72,8 +72,8 @@ def test_training_uses_rounded_coefficients_and_passes_the_gradient_straight(bit
     with torch.no_grad():
         for (name, ours), (_, theirs) in pairs:
             theirs.copy_(quantised(ours, bits) if "nola_" in name else ours)
-    found = tiny_hosts.outputs("mlp", model)
-    torch.testing.assert_close(found, tiny_hosts.outputs("mlp", plain), atol=1e-6, rtol=1e-6)
+    output = tiny_hosts.outputs("mlp", model)
+    torch.testing.assert_close(output, tiny_hosts.outputs("mlp", plain), atol=1e-6, rtol=1e-6)
     for m in (model, plain):
         tiny_hosts.outputs("mlp", m).square().sum().backward()
     for (name, ours), (_, theirs) in pairs:
@@ -90,7 +90,7 @@ def test_quantising_a_trained_adapter_rounds_it_in_place_and_packs_its_file(bits
     quantise(model, bits=bits)
     for key, value in before.items():
         assert torch.equal(model.get_parameter(key), quantised(value, bits))
-    found = tiny_hosts.outputs(name, model)
+    output = tiny_hosts.outputs(name, model)
     state = get_peft_model_state_dict(model)
     for key, value in state.items():
         if key.endswith("nola_coefficients"):
@@ -101,7 +101,7 @@ def test_quantising_a_trained_adapter_rounds_it_in_place_and_packs_its_file(bits
     fresh = tiny_hosts.perturb(tiny_hosts.adapted(name))
     for key, value in before.items():
         fresh.get_parameter(key).data.copy_(quantised(value, bits))
-    torch.testing.assert_close(found, tiny_hosts.outputs(name, fresh), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(output, tiny_hosts.outputs(name, fresh), atol=1e-6, rtol=1e-6)
 
 
 def test_what_the_file_holds_gives_the_levels():

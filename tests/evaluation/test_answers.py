@@ -58,20 +58,20 @@ def naive_logits(model, prompt, answer):
 def naive_scores(model, question):
     logprobs = [naive_logits(model, question.prompt, choice).log_softmax(-1) for choice in question.choices]
     pairs = zip(logprobs, question.choices, strict=True)
-    return [sum(found[k, token].item() for k, token in enumerate(choice)) for found, choice in pairs]
+    return [sum(rows[k, token].item() for k, token in enumerate(choice)) for rows, choice in pairs]
 
 
 def test_scores_are_the_sums_that_a_naive_loop_finds(model):
     with torch.inference_mode():
-        for found, question in zip(answers._scores(model, QUESTIONS), QUESTIONS, strict=True):
-            assert found == pytest.approx(naive_scores(model, question), rel=1e-6)  # they are summed from float32
+        for scores, question in zip(answers._scores(model, QUESTIONS), QUESTIONS, strict=True):
+            assert scores == pytest.approx(naive_scores(model, question), rel=1e-6)  # they are summed from float32
 
 
 def test_predictions_are_the_naive_loops_in_the_order_of_the_questions(model, monkeypatch):
     monkeypatch.setattr(answers, "_BATCH", 2)
-    found = answers.predictions(model.float(), QUESTIONS, torch.float32)
+    predicted = answers.predictions(model.float(), QUESTIONS, torch.float32)
     scores = [naive_scores(model, question) for question in QUESTIONS]
-    assert found.tolist() == [score.index(max(score)) for score in scores]
+    assert predicted.tolist() == [score.index(max(score)) for score in scores]
 
 
 def test_padding_reaches_neither_the_logits_of_an_answer_nor_their_gradient(model):

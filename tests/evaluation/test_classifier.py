@@ -53,12 +53,12 @@ def data(rows):
 def test_the_outputs_of_all_rows_are_those_of_each_row_alone_and_in_its_place(encoder, monkeypatch):
     monkeypatch.setattr(classifier, "_BATCH", 4)
     rows = data(11)
-    found = classifier.all_rows(encoder, rows, torch.float32, states=True)
-    assert (found.logits.shape, found.states.shape) == ((11, 3), (3, 11, 16))
+    outputs = classifier.all_rows(encoder, rows, torch.float32, states=True)
+    assert (outputs.logits.shape, outputs.states.shape) == ((11, 3), (3, 11, 16))
     with torch.inference_mode():
         for row in range(11):
             alone = encoder(rows.ids[row : row + 1, : int(rows.lengths[row])]).logits
-            torch.testing.assert_close(found.logits[row], alone[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(outputs.logits[row], alone[0], atol=1e-5, rtol=1e-5)
 
 
 def test_the_states_are_the_first_token_after_every_layer(encoder):

@@ -36,8 +36,8 @@ def test_unequal_numbers_of_references_belong_to_their_own_texts():
 def test_rouge_l_is_the_best_f_of_the_longest_common_subsequence():
     """LCS a c d of 4 and 5 words: P 3/4, R 3/5, F 2/3; the other reference shares one word."""
     expected = 100 * (2 * 0.75 * 0.6 / 1.35 + 1) / 2
-    found = text_overlap.rouge_l(["a c d x", "one two"], [["q q a", "a b c d e"], ["one two"]])
-    assert found == pytest.approx(expected)
+    score = text_overlap.rouge_l(["a c d x", "one two"], [["q q a", "a b c d e"], ["one two"]])
+    assert score == pytest.approx(expected)
     assert text_overlap.overlaps(["one two"], [["one two"]])["rouge_l"] == pytest.approx(100)
 
 

@@ -54,9 +54,9 @@ def test_every_arm_has_its_own_label_and_in_a_picture_its_own_colour():
 
 def test_a_sum_of_terms_is_named_in_full_and_looks_like_its_last_term():
     assert palette.look("kl") == palette.ARMS["kl"]
-    found = palette.look("ce+kl+sinkhorn")
-    assert found.label == "CE + KL + Sinkhorn"
-    assert found[1:] == palette.ARMS["sinkhorn"][1:]
+    shape = palette.look("ce+kl+sinkhorn")
+    assert shape.label == "CE + KL + Sinkhorn"
+    assert shape[1:] == palette.ARMS["sinkhorn"][1:]
     with pytest.raises(ValueError, match=r"expected arms among teacher, ce, .* got klx in ce\+klx"):
         palette.look("ce+klx")
 
@@ -204,8 +204,8 @@ GROUPS = {
 
 
 def test_interval_panels_draw_each_group_on_one_scale_with_one_caption():
-    found = intervals.estimates(GROUPS)
-    figure = figures.interval_panels(found, title="T", xlabel="gain", points=GROUPS, zero=True)
+    groups = intervals.estimates(GROUPS)
+    figure = figures.interval_panels(groups, title="T", xlabel="gain", points=GROUPS, zero=True)
     assert [axes.get_title(loc="left") for axes in figure.axes] == list(GROUPS)
     for axes, (group, arms) in zip(figure.axes, GROUPS.items(), strict=True):
         drawn = sorted(x for collection in axes.collections for x in collection.get_offsets()[:, 0])
@@ -216,7 +216,7 @@ def test_interval_panels_draw_each_group_on_one_scale_with_one_caption():
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
     assert [any(text.get_visible() for text in axes.texts) for axes in figure.axes] == [False, False, True]
     assert [axes.get_xlabel() for axes in figure.axes] == ["", "gain", "gain"]
-    plain = figures.interval_panels(found, title="T", xlabel="gain", points=GROUPS)
+    plain = figures.interval_panels(groups, title="T", xlabel="gain", points=GROUPS)
     assert len(plain.axes[0].lines) == len(figure.axes[0].lines) - 1
 
 
@@ -248,15 +248,15 @@ def responses(scale=1.0):
 
 
 def test_response_panels_draw_a_line_an_arm_over_equally_spaced_values_with_intervals():
-    found = {
+    groups = {
         "epsilon": {"ce+sinkhorn": responses(), "ce+debiased": responses(0.5)},
         "group": {"ce+sinkhorn": responses(3)},
     }
-    figure = figures.response_panels(found, title="T", ylabel="gain")
+    figure = figures.response_panels(groups, title="T", ylabel="gain")
     first, second = figure.axes
     assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("epsilon", "group")
     assert [text.get_text() for text in first.get_xticklabels()] == ["0.01", "0.1", "10"]
-    for line, (arm, estimates) in zip(first.containers, found["epsilon"].items(), strict=True):
+    for line, (arm, estimates) in zip(first.containers, groups["epsilon"].items(), strict=True):
         assert line.get_label() == palette.look(arm).label
         assert line.lines[0].get_color() == palette.look(arm).colour
         assert list(line.lines[0].get_xdata()) == [0, 1, 2]
@@ -268,15 +268,15 @@ def test_response_panels_draw_a_line_an_arm_over_equally_spaced_values_with_inte
 
 
 def test_response_panels_without_a_line_of_no_difference_keep_their_own_scales():
-    found = {"epsilon": {"ce+sinkhorn": responses()}, "group": {"ce+sinkhorn": responses(3)}}
+    groups = {"epsilon": {"ce+sinkhorn": responses()}, "group": {"ce+sinkhorn": responses(3)}}
 
     def at_zero(figure):
         return [any(list(line.get_ydata()) == [0, 0] for line in axes.lines) for axes in figure.axes]
 
-    free = figures.response_panels(found, title="T", ylabel="gain", zero=False)
+    free = figures.response_panels(groups, title="T", ylabel="gain", zero=False)
     assert free.axes[0].get_ylim() != free.axes[1].get_ylim()
     assert at_zero(free) == [False, False]
-    assert at_zero(figures.response_panels(found, title="T", ylabel="gain")) == [True, True]
+    assert at_zero(figures.response_panels(groups, title="T", ylabel="gain")) == [True, True]
 
 
 def test_heat_panels_draw_the_matrix_row_by_row_from_0_and_part_its_groups():
@@ -310,7 +310,7 @@ def test_a_title_names_the_arms_whose_interval_excludes_no_difference():
     def estimate(low, high):
         return intervals.Estimate(0.0, low, high, 5, 0.95)
 
-    found = {"ce+kl": estimate(0.1, 0.2), "ce+js": estimate(-0.1, 0.2), "ce+rkd": estimate(-0.3, -0.1)}
-    assert figures.decided(found) == "above 0: CE + KL; below 0: CE + RKD"
+    estimates = {"ce+kl": estimate(0.1, 0.2), "ce+js": estimate(-0.1, 0.2), "ce+rkd": estimate(-0.3, -0.1)}
+    assert figures.decided(estimates) == "above 0: CE + KL; below 0: CE + RKD"
     edges = {"kl": estimate(0.0, 0.2), "js": estimate(-0.2, 0.0), "rkl": intervals.Estimate(1.0, None, None, 1, 0.95)}
     assert figures.decided(edges) == "above 0: none; below 0: none"

@@ -13,6 +13,10 @@ LEFT = [0.91, 0.88, 0.93, 0.90, 0.95, 0.89]
 RIGHT = [0.90, 0.85, 0.94, 0.86, 0.91, 0.88]
 
 
+def paired_interval(left, right, level=0.95):
+    return intervals.mean_interval(np.subtract(left, right), level=level)
+
+
 @pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
 def test_mean_interval_equals_scipys_one_sample_interval(level):
     estimate = intervals.mean_interval(LEFT, level=level)
@@ -21,8 +25,8 @@ def test_mean_interval_equals_scipys_one_sample_interval(level):
     assert (estimate.mean, estimate.count, estimate.level) == (pytest.approx(np.mean(LEFT)), 6, level)
 
 
-def test_paired_interval_and_p_value_equal_scipys_paired_test():
-    estimate = intervals.paired_interval(LEFT, RIGHT, level=0.9)
+def test_the_interval_of_differences_and_the_p_value_equal_scipys_paired_test():
+    estimate = paired_interval(LEFT, RIGHT, level=0.9)
     oracle = stats.ttest_rel(LEFT, RIGHT)
     bounds = oracle.confidence_interval(0.9)
     assert (estimate.low, estimate.high) == pytest.approx((bounds.low, bounds.high), abs=1e-10)
@@ -30,15 +34,15 @@ def test_paired_interval_and_p_value_equal_scipys_paired_test():
     assert estimate.mean > 0
 
 
-def test_paired_interval_is_of_pairs_and_not_of_two_samples():
+def test_the_interval_of_differences_is_of_pairs_and_not_of_two_samples():
     shuffled = RIGHT[1:] + RIGHT[:1]
-    paired, broken = intervals.paired_interval(LEFT, RIGHT), intervals.paired_interval(LEFT, shuffled)
+    paired, broken = paired_interval(LEFT, RIGHT), paired_interval(LEFT, shuffled)
     assert paired.mean == pytest.approx(broken.mean)
     assert paired.high - paired.low < 0.6 * (broken.high - broken.low)
 
 
 def test_swapping_the_sides_changes_the_sign_and_nothing_else():
-    there, back = intervals.paired_interval(LEFT, RIGHT), intervals.paired_interval(RIGHT, LEFT)
+    there, back = paired_interval(LEFT, RIGHT), paired_interval(RIGHT, LEFT)
     assert (back.mean, back.low, back.high) == pytest.approx((-there.mean, -there.high, -there.low))
     assert intervals.paired_p_value(LEFT, RIGHT) == pytest.approx(intervals.paired_p_value(RIGHT, LEFT))
 
@@ -81,7 +85,7 @@ def test_a_level_outside_0_and_1_is_refused(level):
 
 def test_sides_of_different_length_are_refused():
     with pytest.raises(ValueError, match="got 2 and 1"):
-        intervals.paired_interval([1.0, 2.0], [1.0])
+        intervals.paired_p_value([1.0, 2.0], [1.0])
 
 
 def test_holm_levels_of_an_example_by_hand():
@@ -150,22 +154,22 @@ def test_gains_are_differences_of_the_same_seed_in_the_same_group():
         "b": {"kl": {2: 0.75, 0: 0.5, 1: 1.0}, "ce": {0: 0.25, 1: 0.5, 2: 0.125}},
         "a": {"kl": {1: 0.5, 0: 0.25, 2: 0.0}, "ce": {2: 1.0, 1: 0.25, 0: 0.25}},
     })  # fmt: skip
-    found = intervals.gains(frame, "test/score", reference="ce", by="task")
-    assert found == {
+    gains = intervals.gains(frame, "test/score", reference="ce", by="task")
+    assert gains == {
         "b": {"kl": [0.25, 0.5, 0.625]},
         "a": {"kl": [0.0, 0.25, -1.0]},
         "mean": {"kl": [0.125, 0.375, -0.1875]},
     }
-    estimate = intervals.estimates(found)["a"]["kl"]
-    assert estimate == intervals.paired_interval([0.25, 0.5, 0.0], [0.25, 0.25, 1.0])
+    estimate = intervals.estimates(gains)["a"]["kl"]
+    assert estimate == paired_interval([0.25, 0.5, 0.0], [0.25, 0.25, 1.0])
 
 
 def test_gains_of_one_group_have_no_mean_and_short_sums_come_first():
     frame = measured({"a": {"ce+kl+js": {0: 0.75}, "ce": {0: 0.5}, "ce+kl": {0: 0.25}}})
-    found = intervals.gains(frame, "test/score", reference="ce", by="task")
-    assert found == {"a": {"ce+kl": [-0.25], "ce+kl+js": [0.25]}}
-    assert list(found["a"]) == ["ce+kl", "ce+kl+js"]
-    assert intervals.estimates(found)["a"]["ce+kl"] == intervals.Estimate(-0.25, None, None, 1, 0.95)
+    gains = intervals.gains(frame, "test/score", reference="ce", by="task")
+    assert gains == {"a": {"ce+kl": [-0.25], "ce+kl+js": [0.25]}}
+    assert list(gains["a"]) == ["ce+kl", "ce+kl+js"]
+    assert intervals.estimates(gains)["a"]["ce+kl"] == intervals.Estimate(-0.25, None, None, 1, 0.95)
 
 
 def test_gains_over_an_arm_that_was_not_measured_are_refused():
@@ -187,16 +191,16 @@ def test_responses_are_gains_over_the_reference_at_the_centre_which_is_a_point_o
         for axis, value, arm, scores in rows
         for seed, score in scores.items()
     )
-    found = intervals.responses(frame, "test/score", reference="ce", centre={"epsilon": 0.1, "group": 32, "p": 1})
+    responses = intervals.responses(frame, "test/score", reference="ce", centre={"epsilon": 0.1, "group": 32, "p": 1})
     expected = {
         "epsilon": {0.01: [0.0, 0.0], 0.1: [0.25, 0.5], 10.0: [0.5, -0.25]},
         "group": {1: [0.75, 0.5], 32: [0.25, 0.5]},
     }
-    assert found == {
+    assert responses == {
         axis: {"sinkhorn": {value: intervals.mean_interval(gains) for value, gains in values.items()}}
         for axis, values in expected.items()
     }
-    assert {axis: list(arms["sinkhorn"]) for axis, arms in found.items()} == {
+    assert {axis: list(arms["sinkhorn"]) for axis, arms in responses.items()} == {
         axis: list(values) for axis, values in expected.items()
     }, "values ascend"
 
@@ -240,8 +244,8 @@ def test_a_curve_has_the_mean_over_seeds_of_both_axes_window_by_window():
         for seed in (0, 2)
         for window in (0, 1)
     ]
-    found = intervals.curves(pd.DataFrame(rows), "score", over="tokens")
-    assert list(found) == ["kd", "grpo"]
-    assert [x for x, _ in found["kd"]] == [11.0, 21.0]
-    assert [y.mean for _, y in found["grpo"]] == [1.5, 2.5]
-    assert found["kd"][0][1] == intervals.mean_interval([0.0, 2.0])
+    curves = intervals.curves(pd.DataFrame(rows), "score", over="tokens")
+    assert list(curves) == ["kd", "grpo"]
+    assert [x for x, _ in curves["kd"]] == [11.0, 21.0]
+    assert [y.mean for _, y in curves["grpo"]] == [1.5, 2.5]
+    assert curves["kd"][0][1] == intervals.mean_interval([0.0, 2.0])

@@ -46,10 +46,10 @@ def images(*size):
 )
 def test_padding_is_that_of_tensorflow(size, kernel, stride, sides):
     module = efficientnet._conv(3, 4, kernel, stride).double()
-    found = module(images(*size))
-    assert found.shape[2:] == tuple(-(-n // stride) for n in size)
+    padded = module(images(*size))
+    assert padded.shape[2:] == tuple(-(-n // stride) for n in size)
     expected = F.conv2d(F.pad(images(*size), sides), module.weight, stride=stride)
-    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    torch.testing.assert_close(padded, expected, atol=0, rtol=0)
 
 
 def twin(state, x):

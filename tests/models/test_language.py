@@ -34,11 +34,11 @@ def test_a_shape_is_drawn_from_the_seed_and_leaves_the_global_state(name, tokeni
 
 @pytest.mark.parametrize("name", ["llama-2x64", "t5-2x64"])
 def test_the_deviation_of_every_matrix_is_the_librarys_to_five_sigma(name, tokenizer):
-    found = language.load(name, tokenizer, seed=0)
+    ours = language.load(name, tokenizer, seed=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        theirs = type(found)(found.config)
-    for (key, left), right in zip(found.named_parameters(), theirs.parameters(), strict=True):
+        theirs = type(ours)(ours.config)
+    for (key, left), right in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if left.ndim > 1:  # both are estimates
             assert left.std().item() == pytest.approx(right.std().item(), rel=5 / left.numel() ** 0.5), key
         else:

@@ -46,9 +46,9 @@ def twin(state, x):
 
 
 def test_logits_equal_a_twin_in_float64(model):
-    found = model.eval()(images())
-    assert found.std() > 0.01
-    torch.testing.assert_close(found, twin(model.state_dict(), images()), atol=1e-10, rtol=1e-10)
+    logits = model.eval()(images())
+    assert logits.std() > 0.01
+    torch.testing.assert_close(logits, twin(model.state_dict(), images()), atol=1e-10, rtol=1e-10)
 
 
 def test_the_network_of_twenty_layers_has_the_published_size():

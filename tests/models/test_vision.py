@@ -56,24 +56,24 @@ def test_a_saved_vit_keeps_its_body_and_has_a_head_drawn_by_the_seed(tmp_path, g
     saved = ViTForImageClassification(ViTConfig(**size, image_size=8, patch_size=4, num_labels=7))
     saved.save_pretrained(tmp_path)
     before = global_generators()
-    found, again = (vision.load(str(tmp_path), classes=3, seed=4) for _ in range(2))
+    loaded, again = (vision.load(str(tmp_path), classes=3, seed=4) for _ in range(2))
     assert global_generators() == before
-    assert not found.training
+    assert not loaded.training
     for name, value in saved.vit.state_dict().items():
-        assert torch.equal(found.vit.state_dict()[name], value), name
-    assert found.classifier.weight.shape == (3, 16)
-    assert torch.equal(found.classifier.weight, again.classifier.weight)
-    assert found.classifier.bias.eq(0).all()
-    assert not torch.equal(found.classifier.weight, vision.load(str(tmp_path), classes=3, seed=5).classifier.weight)
+        assert torch.equal(loaded.vit.state_dict()[name], value), name
+    assert loaded.classifier.weight.shape == (3, 16)
+    assert torch.equal(loaded.classifier.weight, again.classifier.weight)
+    assert loaded.classifier.bias.eq(0).all()
+    assert not torch.equal(loaded.classifier.weight, vision.load(str(tmp_path), classes=3, seed=5).classifier.weight)
 
 
 def test_features_are_what_the_head_turns_into_logits(pixels):
     model = shape()
     seen = vision.prepared(SHAPE, pixels, 28)
-    found = vision.features(model, seen)
+    features = vision.features(model, seen)
     expected = model.vit(pixel_values=seen).last_hidden_state[:, 0]
-    torch.testing.assert_close(found, expected.detach())
-    torch.testing.assert_close(model.classifier(found), vision.logits(model, seen))
+    torch.testing.assert_close(features, expected.detach())
+    torch.testing.assert_close(model.classifier(features), vision.logits(model, seen))
     assert not model.classifier._forward_pre_hooks
 
 

@@ -42,11 +42,11 @@ def test_a_data_set_without_the_columns_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_our_tasks_have_their_classes_and_no_text_twice(name):
-    found = classification.examples(name)
+    examples = classification.examples(name)
     classes, texts = COUNTS[name]
-    assert len(classification.class_names([found])) == classes
-    assert len({" ".join(example.text.lower().split()) for example in found}) == len(found) == texts
-    assert all(example.text and example.second is None for example in found)
+    assert len(classification.class_names([examples])) == classes
+    assert len({" ".join(example.text.lower().split()) for example in examples}) == len(examples) == texts
+    assert all(example.text and example.second is None for example in examples)
     assert classification.metric(name) == "accuracy"
 
 
@@ -85,8 +85,8 @@ def test_a_size_of_minus_one_takes_all_that_is_left():
 
 
 def test_texts_are_cut_to_the_limit_and_keep_their_end_token(tokenizer):
-    found = [classification.Example("a b c d e f", "y"), classification.Example("a b", "x")]
-    data = classification.encode(found, tokenizer, longest=5, classes=("x", "y"))
+    examples = [classification.Example("a b c d e f", "y"), classification.Example("a b", "x")]
+    data = classification.encode(examples, tokenizer, longest=5, classes=("x", "y"))
     assert [tokenizer.convert_ids_to_tokens(row) for row in data.ids] == [
         ["[CLS]", "a", "b", "c", "[SEP]"],
         ["[CLS]", "a", "b", "[SEP]", "[PAD]"],
@@ -96,8 +96,8 @@ def test_texts_are_cut_to_the_limit_and_keep_their_end_token(tokenizer):
 
 
 def test_of_a_pair_the_longer_sentence_is_cut_first(tokenizer):
-    found = [classification.Example("a b c d e f", "x", "g h"), classification.Example("a", "x", "g")]
-    data = classification.encode(found, tokenizer, longest=8, classes=("x",))
+    examples = [classification.Example("a b c d e f", "x", "g h"), classification.Example("a", "x", "g")]
+    data = classification.encode(examples, tokenizer, longest=8, classes=("x",))
     assert tokenizer.convert_ids_to_tokens(data.ids[0]) == ["[CLS]", "a", "b", "c", "[SEP]", "g", "h", "[SEP]"]
     assert data.lengths.tolist() == [8, 5]
 
@@ -110,9 +110,9 @@ def test_a_label_that_is_no_class_is_refused(tokenizer):
 @pytest.mark.parametrize("name", COUNTS)
 def test_reading_only_the_start_of_a_text_changes_no_token(name):
     tokenizer = encoders.load_tokenizer("minilm")
-    (found,) = classification.draw(classification.examples(name), (500,), seed=0)
-    data = classification.encode(found, tokenizer, longest=24, classes=classification.class_names([found]))
-    whole = tokenizer([example.text for example in found], truncation=True, max_length=24)["input_ids"]
+    (examples,) = classification.draw(classification.examples(name), (500,), seed=0)
+    data = classification.encode(examples, tokenizer, longest=24, classes=classification.class_names([examples]))
+    whole = tokenizer([example.text for example in examples], truncation=True, max_length=24)["input_ids"]
     assert [row[:length].tolist() for row, length in zip(data.ids, data.lengths, strict=True)] == whole
 
 

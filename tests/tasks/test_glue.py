@@ -68,9 +68,9 @@ def test_without_a_folder_the_hub_is_asked_for_the_configuration(monkeypatch):
 
     def load_dataset(*arguments):
         asked.append(arguments)
-        found = rows("mnli", "any")
+        dataset = rows("mnli", "any")
         splits = ("train", "validation_matched", "validation_mismatched")
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(found) for split in splits})
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(dataset) for split in splits})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     classification.splits("glue/mnli_mm", (4, 4, 4), seed=0)

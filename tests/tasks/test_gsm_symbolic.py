@@ -9,7 +9,7 @@ from limbeck.tasks import gsm_symbolic
 
 
 @pytest.fixture(scope="module")
-def found():
+def examples():
     return gsm_symbolic.examples(400, seed=3)
 
 
@@ -17,28 +17,28 @@ def entry(gold):
     return gsm_symbolic.Example({"question": "?", "answer": gold, "metadata": {}})
 
 
-def test_examples_are_distinct_questions_with_a_number_as_their_answer(found):
-    assert len({example.question for example in found}) == 400
-    assert all(re.fullmatch(r"\d+(\.\d+)?", example.gold) for example in found)
-    assert all("final answer" in example.question for example in found)
+def test_examples_are_distinct_questions_with_a_number_as_their_answer(examples):
+    assert len({example.question for example in examples}) == 400
+    assert all(re.fullmatch(r"\d+(\.\d+)?", example.gold) for example in examples)
+    assert all("final answer" in example.question for example in examples)
 
 
-def test_a_longer_list_begins_with_the_shorter_and_none_is_refused(found):
-    assert gsm_symbolic.examples(50, seed=3) == found[:50]
+def test_a_longer_list_begins_with_the_shorter_and_none_is_refused(examples):
+    assert gsm_symbolic.examples(50, seed=3) == examples[:50]
     with pytest.raises(ValueError, match="count must be above 0, got 0"):
         gsm_symbolic.examples(0, seed=3)
 
 
-def test_draws_repeat_whatever_the_global_generators_hold(found, global_generators):
+def test_draws_repeat_whatever_the_global_generators_hold(examples, global_generators):
     before = global_generators()
-    assert gsm_symbolic.examples(50, seed=3) == found[:50]
+    assert gsm_symbolic.examples(50, seed=3) == examples[:50]
     assert global_generators() == before
     torch.rand(3)
     random.random()
-    assert gsm_symbolic.examples(50, seed=3) == found[:50]
+    assert gsm_symbolic.examples(50, seed=3) == examples[:50]
 
 
-def test_neighbouring_seeds_share_no_item(found, monkeypatch):
+def test_neighbouring_seeds_share_no_item(examples, monkeypatch):
     """reasoning-gym draws its item i from its seed + i, so its seeds must lie further apart than a list is long."""
     starts, create = [], gsm_symbolic.reasoning_gym.create_dataset
 
@@ -52,11 +52,11 @@ def test_neighbouring_seeds_share_no_item(found, monkeypatch):
     starts.sort()
     assert min(y - x for x, y in itertools.pairwise(starts)) > 10**6
     other = {example.question for example in gsm_symbolic.examples(400, seed=4)}
-    assert len(other & {example.question for example in found}) < 20
+    assert len(other & {example.question for example in examples}) < 20
 
 
-def test_the_gold_answer_earns_1_however_it_is_spelled_and_another_number_0(found):
-    for example in found:
+def test_the_gold_answer_earns_1_however_it_is_spelled_and_another_number_0(examples):
+    for example in examples:
         whole = "." not in example.gold
         spelled = [
             example.gold,
@@ -76,8 +76,8 @@ def test_garbage_earns_0(text):
     assert gsm_symbolic.reward(entry("7"), text) == 0.0
 
 
-def test_a_worked_solution_ends_in_the_gold_answer_and_earns_1(found):
-    for example in found:
+def test_a_worked_solution_ends_in_the_gold_answer_and_earns_1(examples):
+    for example in examples:
         solution = gsm_symbolic.solution(example)
         assert solution.splitlines()[-1] == f"#### {example.gold}"
         assert solution.count("####") == 1
@@ -86,7 +86,7 @@ def test_a_worked_solution_ends_in_the_gold_answer_and_earns_1(found):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "answer"),
     [
         ("2 + 3 = 5.", "5"),
         ("5, then 6, so 7", "7"),
@@ -113,8 +113,8 @@ def test_a_worked_solution_ends_in_the_gold_answer_and_earns_1(found):
         ("", ""),
     ],
 )
-def test_the_answer_is_the_last_number_of_the_text(text, said):
-    assert gsm_symbolic.answer(text) == said
+def test_the_answer_is_the_last_number_of_the_text(text, answer):
+    assert gsm_symbolic.answer(text) == answer
 
 
 def test_half_points_count():

@@ -26,25 +26,25 @@ def test_mnist_is_read_from_a_table_whose_last_column_is_the_digit(tmp_path, mon
     with gzip.open(tmp_path / "mnist_5k.csv.gz", "wt") as file:
         np.savetxt(file, rows, fmt="%d", delimiter=",")
     monkeypatch.setattr(assets, "path", {"mnist": tmp_path}.__getitem__)
-    found = images.load("mnist")
-    assert found.labels.tolist() == [7, 0, 7]
-    assert not found.held.any()
-    values = found.at(torch.tensor([2]))
+    loaded = images.load("mnist")
+    assert loaded.labels.tolist() == [7, 0, 7]
+    assert not loaded.held.any()
+    values = loaded.at(torch.tensor([2]))
     assert values.shape == (1, 1, 28, 28)
     np.testing.assert_allclose(values.numpy().ravel(), rows[2, :784] / 255, rtol=1e-6)
 
 
 def test_digits_are_enlarged_to_mnists_box_by_bilinear_interpolation():
-    found, source = images.load("digits"), load_digits()
-    assert found.labels.tolist() == source.target.tolist()
-    values = found.at(torch.tensor([11]))[0, 0]
+    loaded, source = images.load("digits"), load_digits()
+    assert loaded.labels.tolist() == source.target.tolist()
+    values = loaded.at(torch.tensor([11]))[0, 0]
     inner = values[4:24, 4:24]
     assert values.shape == (28, 28)
     assert values.sum().item() == pytest.approx(inner.sum().item()), "the frame is black"
     small = source.images[11] / 16
     for y, x in ((0, 0), (3, 9), (10, 10), (19, 6)):
-        at = [min(max((i + 0.5) * 0.4 - 0.5, 0), 7) for i in (y, x)]
-        (top, left), (down, right) = map(math.floor, at), (i % 1 for i in at)
+        place = [min(max((i + 0.5) * 0.4 - 0.5, 0), 7) for i in (y, x)]
+        (top, left), (down, right) = map(math.floor, place), (i % 1 for i in place)
         low, far = min(top + 1, 7), min(left + 1, 7)
         upper = (1 - right) * small[top, left] + right * small[top, far]
         lower = (1 - right) * small[low, left] + right * small[low, far]
@@ -64,11 +64,11 @@ def test_idx_files_are_read_packed_or_not_and_their_second_part_is_held(tmp_path
                 (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
             else:
                 (tmp_path / name).write_bytes(content)
-    found = images.load(f"idx/{tmp_path}")
-    assert found.labels.tolist() == [3, 1, 0, 2, 1]
-    assert found.held.tolist() == [False, False, True, True, True]
-    assert found.pixels[:, 0, 0, 1].tolist() == [1, 0, 1, 0, 0]
-    assert found.pixels[2, 0, 0, :4].tolist() == [0, 1, 2, 0]
+    loaded = images.load(f"idx/{tmp_path}")
+    assert loaded.labels.tolist() == [3, 1, 0, 2, 1]
+    assert loaded.held.tolist() == [False, False, True, True, True]
+    assert loaded.pixels[:, 0, 0, 1].tolist() == [1, 0, 1, 0, 0]
+    assert loaded.pixels[2, 0, 0, :4].tolist() == [0, 1, 2, 0]
 
 
 def picture(file, colours, size):
@@ -85,13 +85,13 @@ def test_pictures_of_a_folder_are_cut_to_their_centre_and_its_val_part_is_held(t
     picture(tmp_path / "train" / "bee" / "0.png", [blue], (32, 64))
     picture(tmp_path / "val" / "ant" / "0.png", [red], (32, 32))
     picture(tmp_path / "val" / "bee" / "0.png", [blue], (32, 32))
-    found = images.load(f"folder/{tmp_path}", side=8)
-    assert found.labels.tolist() == [0, 1, 0, 1]
-    assert found.held.tolist() == [False, False, True, True]
-    assert found.pixels.shape == (4, 3, 8, 8)
-    assert found.pixels[0, :, 4, 4].tolist() == green
-    assert found.pixels[0, 1, :, 1:-1].eq(255).all(), "the outer stripes are cut away"
-    assert found.pixels[1, :, 4, 4].tolist() == blue
+    loaded = images.load(f"folder/{tmp_path}", side=8)
+    assert loaded.labels.tolist() == [0, 1, 0, 1]
+    assert loaded.held.tolist() == [False, False, True, True]
+    assert loaded.pixels.shape == (4, 3, 8, 8)
+    assert loaded.pixels[0, :, 4, 4].tolist() == green
+    assert loaded.pixels[0, 1, :, 1:-1].eq(255).all(), "the outer stripes are cut away"
+    assert loaded.pixels[1, :, 4, 4].tolist() == blue
 
 
 def test_a_folder_whose_parts_have_other_classes_is_refused(tmp_path):
@@ -109,10 +109,10 @@ def test_an_unknown_data_set_is_refused():
 
 
 def test_some_classes_are_numbered_in_the_order_given_with_their_own_images():
-    found = grey([2, 0, 1, 2], held=[False, False, False, True]).of([2, 0])
-    assert found.labels.tolist() == [0, 1, 0]
-    assert found.pixels[:, 0, 0, 0].tolist() == [0, 1, 3]
-    assert found.held.tolist() == [False, False, True]
+    chosen = grey([2, 0, 1, 2], held=[False, False, False, True]).of([2, 0])
+    assert chosen.labels.tolist() == [0, 1, 0]
+    assert chosen.pixels[:, 0, 0, 0].tolist() == [0, 1, 3]
+    assert chosen.held.tolist() == [False, False, True]
     with pytest.raises(ValueError, match=r"received the classes \[0, 5\], expected none of \[5\]"):
         grey([0, 1]).of([0, 5])
 

@@ -39,8 +39,8 @@ def behave(how, *rest):
 
 @pytest.fixture
 def isolated():
-    with Isolated(behave, limit=1.0) as found:
-        yield found
+    with Isolated(behave, limit=1.0) as worker:
+        yield worker
 
 
 def works(isolated):

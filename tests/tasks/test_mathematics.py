@@ -17,35 +17,37 @@ def write(folder, split, rows):
 @pytest.fixture
 def folder(tmp_path):
     """Twenty problems in two parts, of which two come twice."""
-    found = tmp_path / "problems"
+    problems = tmp_path / "problems"
     train = [{"problem": f" What is {n} + 1?", "answer": f"{n + 1}", "source": "x"} for n in range(12)]
     test = [{"problem": f"What is {n} + 1?", "answer": f"{n + 1} ", "source": "x"} for n in range(10, 20)]
-    write(found, "train", train)
-    write(found, "test", test)
-    return str(found)
+    write(problems, "train", train)
+    write(problems, "test", test)
+    return str(problems)
 
 
 def test_problems_of_all_parts_come_once_each_with_their_answers(folder):
-    found = mathematics.examples(folder, 20, columns=COLUMNS, seed=0)
-    assert {example.problem: example.gold for example in found} == {f"What is {n} + 1?": str(n + 1) for n in range(20)}
-    assert all(example.question.startswith(example.problem + " ") for example in found)
-    assert all("\\boxed{}" in example.question for example in found)
+    examples = mathematics.examples(folder, 20, columns=COLUMNS, seed=0)
+    assert {example.problem: example.gold for example in examples} == {
+        f"What is {n} + 1?": str(n + 1) for n in range(20)
+    }
+    assert all(example.question.startswith(example.problem + " ") for example in examples)
+    assert all("\\boxed{}" in example.question for example in examples)
 
 
 def test_the_order_is_drawn_by_the_seed_and_a_shorter_list_begins_a_longer_one(folder, global_generators):
     before = global_generators()
-    found = mathematics.examples(folder, 20, columns=COLUMNS, seed=1)
-    assert mathematics.examples(folder, 5, columns=COLUMNS, seed=1) == found[:5]
+    examples = mathematics.examples(folder, 20, columns=COLUMNS, seed=1)
+    assert mathematics.examples(folder, 5, columns=COLUMNS, seed=1) == examples[:5]
     assert global_generators() == before
     other = mathematics.examples(folder, 20, columns=COLUMNS, seed=2)
-    assert other != found
-    assert {example.problem for example in other} == {example.problem for example in found}
+    assert other != examples
+    assert {example.problem for example in other} == {example.problem for example in examples}
 
 
 def test_answers_that_are_numbers_and_other_names_of_columns_will_do(tmp_path):
     write(tmp_path / "numbers", "train", [{"asked": "What is half of 5?", "said": 2.5}])
-    (found,) = mathematics.examples(str(tmp_path / "numbers"), 1, columns=("asked", "said"), seed=0)
-    assert found == mathematics.Example("What is half of 5?", "2.5")
+    (example,) = mathematics.examples(str(tmp_path / "numbers"), 1, columns=("asked", "said"), seed=0)
+    assert example == mathematics.Example("What is half of 5?", "2.5")
 
 
 def test_a_hub_name_is_asked_for_as_it_is(monkeypatch):
@@ -70,8 +72,8 @@ def test_what_is_not_there_is_refused_with_what_is(folder):
 @pytest.fixture(scope="module")
 def judged():
     pytest.importorskip("math_verify")
-    with Isolated(mathematics.reward, limit=20.0) as found:
-        yield found
+    with Isolated(mathematics.reward, limit=20.0) as worker:
+        yield worker
 
 
 GOLD = ("42", "-5", "1,234", "0.5", "\\frac{1}{2}", "$\\frac{1}{2}$", "3\\sqrt{2}", "\\pi", "50\\%", "90^\\circ")

@@ -42,10 +42,10 @@ def test_kept_are_texts_that_name_each_slot_once_and_no_other(small):
     ("name", "number", "texts"), [("multiwoz_meanings", 966, 7_925), ("camrest_meanings", 99, 1_617)]
 )
 def test_the_data_sets_have_the_sizes_that_are_told_and_their_own_texts_no_error(name, number, texts):
-    found = meanings.meanings(name)
-    assert len({(meaning.act, meaning.slots) for meaning in found}) == len(found) == number
-    assert sum(len(meaning.texts) for meaning in found) == texts
-    assert not any(meanings.slot_errors(meaning, text) for meaning in found for text in meaning.texts)
+    every = meanings.meanings(name)
+    assert len({(meaning.act, meaning.slots) for meaning in every}) == len(every) == number
+    assert sum(len(meaning.texts) for meaning in every) == texts
+    assert not any(meanings.slot_errors(meaning, text) for meaning in every for text in meaning.texts)
 
 
 def test_no_meaning_of_one_part_is_in_another_and_the_seed_draws_them():

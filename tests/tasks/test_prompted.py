@@ -61,11 +61,11 @@ def test_our_tasks_ask_for_the_words_of_their_labels(name, end, known):
     choices = parts[0][0].choices
     assert known <= set(choices)
     assert not any(one != other and f"{other} ".startswith(f"{one} ") for one in choices for other in choices)
-    for found, wanted in zip(parts[1], examples[1], strict=True):
-        assert found.prompt.endswith(end)
-        assert wanted.text[:150] in found.prompt
-        assert found.choices == choices
-        assert choices[found.answer].split() == wanted.label.lower().replace("-", " ").replace(".", " ").split()
+    for received, expected in zip(parts[1], examples[1], strict=True):
+        assert received.prompt.endswith(end)
+        assert expected.text[:150] in received.prompt
+        assert received.choices == choices
+        assert choices[received.answer].split() == expected.label.lower().replace("-", " ").replace(".", " ").split()
 
 
 def test_long_posts_are_cut_and_reviews_are_not():
@@ -75,9 +75,9 @@ def test_long_posts_are_cut_and_reviews_are_not():
 
 
 def test_texts_and_labels_of_your_own_have_a_plain_prompt(tiny_texts):
-    (found,) = prompted.splits(tiny_texts, (100, 20, 1), seed=0)[2]
+    (example,) = prompted.splits(tiny_texts, (100, 20, 1), seed=0)[2]
     (wanted,) = classification.splits(tiny_texts, (100, 20, 1), seed=0)[2]
-    assert found == (f"Text: {wanted.text}\nLabel:", (" x", " y", " z"), "xyz".index(wanted.label))
+    assert example == (f"Text: {wanted.text}\nLabel:", (" x", " y", " z"), "xyz".index(wanted.label))
 
 
 def test_classes_that_no_words_tell_apart_and_glue_are_refused(tmp_path):

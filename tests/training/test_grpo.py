@@ -81,15 +81,15 @@ def problems(steps, names=(0, 1, 2)):
 
 def train(run, steps, objective=joint, state=None, stop=None, names=(0, 1, 2)):
     """The records of each step, the curve, and the weights at the end, or at the step that is not taken."""
-    found, loop = [], grpo.fit(run, models.trainable(run.policy), problems(steps, names), objective, state=state)
+    records, loop = [], grpo.fit(run, models.trainable(run.policy), problems(steps, names), objective, state=state)
     curve = None
-    while len(found) != stop:
+    while len(records) != stop:
         try:
-            found.append(next(loop))
+            records.append(next(loop))
         except StopIteration as end:
             curve = end.value
             break
-    return found, curve, {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
+    return records, curve, {name: weight.detach().clone() for name, weight in run.policy.named_parameters()}
 
 
 def plainly(run, rollout):
@@ -140,11 +140,11 @@ def test_cutting_rows_into_micro_batches_changes_no_weight_over_many_steps():
 
 def test_a_steps_rows_are_distinct_and_an_epoch_takes_none_twice():
     """Of 11 rows in steps of 4, an epoch has two steps and leaves three rows out."""
-    found = rollouts.batches(11, size=4, steps=5, source=seeding.generator(0, "rows"))
-    assert [len(set(rows)) for rows in found] == [4] * 5
-    assert len(set(found[0] + found[1])) == len(set(found[2] + found[3])) == 8
-    assert found[:2] != found[2:4]
-    assert found == rollouts.batches(11, size=4, steps=5, source=seeding.generator(0, "rows"))
+    batches = rollouts.batches(11, size=4, steps=5, source=seeding.generator(0, "rows"))
+    assert [len(set(rows)) for rows in batches] == [4] * 5
+    assert len(set(batches[0] + batches[1])) == len(set(batches[2] + batches[3])) == 8
+    assert batches[:2] != batches[2:4]
+    assert batches == rollouts.batches(11, size=4, steps=5, source=seeding.generator(0, "rows"))
     for size in (0, 12):
         with pytest.raises(ValueError, match=f"received {size} rows a step, expected 1 to 11"):
             rollouts.batches(11, size=size, steps=1, source=seeding.generator(0, "rows"))
@@ -153,9 +153,9 @@ def test_a_steps_rows_are_distinct_and_an_epoch_takes_none_twice():
 def test_micro_batches_hold_every_row_once_within_their_budget_and_rows_of_like_length():
     rollout = make().roll(problems(1)[0], 0)
     lengths = [len(p) + len(c) for p, c in zip(rollout.prompts, rollout.completions, strict=True)]
-    found = rollouts.micro_batches(rollout, range(12), 25)
-    assert sorted(torch.cat(found).tolist()) == list(range(12))
-    spans = [[lengths[row] for row in rows] for rows in found]
+    batches = rollouts.micro_batches(rollout, range(12), 25)
+    assert sorted(torch.cat(batches).tolist()) == list(range(12))
+    spans = [[lengths[row] for row in rows] for rows in batches]
     assert all(len(span) * max(span) <= 25 for span in spans)
     assert [length for span in spans for length in span] == sorted(lengths)
     assert [len(rows) for rows in rollouts.micro_batches(rollout, range(12), 1)] == [1] * 12
@@ -186,11 +186,11 @@ def test_the_terms_gradients_are_told_apart_every_few_steps():
     run = make()
     rollout = run.roll(problems(1)[0], 0)
     terms, _ = joint(0, rollout)
-    found = terms(run.score(rollout, torch.arange(12)))
+    losses = terms(run.score(rollout, torch.arange(12)))
     weights = list(run.policy.parameters())
     apart = [
         torch.cat([g.flatten() for g in torch.autograd.grad(value, weights, retain_graph=True)])
-        for value in found.values()
+        for value in losses.values()
     ]
     records, curve, _ = train(run, 4)
     assert records[0]["gradient/policy"] == pytest.approx(apart[0].norm().item(), rel=1e-6)
@@ -200,7 +200,9 @@ def test_the_terms_gradients_are_told_apart_every_few_steps():
     assert len(curve["gradient/kd"]) == 2
     norms = [record["optimiser/gradient_norm"] for record in records]
     size = len(records) // len(curve["loss/kd"])
-    assert curve["optimiser/gradient_norm_max"] == [max(norms[at : at + size]) for at in range(0, len(norms), size)]
+    assert curve["optimiser/gradient_norm_max"] == [
+        max(norms[start : start + size]) for start in range(0, len(norms), size)
+    ]
     _, _, unsplit = train(make(split_every=100), 4)
     _, _, split = train(make(split_every=1), 4)
     for name, weight in unsplit.items():
@@ -270,16 +272,16 @@ def test_a_verifier_that_raises_is_counted_and_its_completions_have_no_advantage
 def test_what_a_step_reports_is_what_was_rolled_out():
     run = make()
     rollout = run.roll(problems(1)[0], 0)
-    found, lengths = rollout.metrics, [len(row) for row in rollout.completions]
+    metrics, lengths = rollout.metrics, [len(row) for row in rollout.completions]
     rewards = [row.count(WANTED) / 2 for row in rollout.completions]
     groups = [rewards[start : start + 4] for start in (0, 4, 8)]
-    assert found["rollout/reward"] == pytest.approx(sum(rewards) / 12)
-    assert found["rollout/accuracy"] == pytest.approx(sum(WANTED in row for row in rollout.completions) / 12)
-    assert found["rollout/equal_groups"] == pytest.approx(sum(len(set(group)) == 1 for group in groups) / 3)
-    assert found["rollout/length"] == sum(lengths) / 12
-    assert found["rollout/tokens"] == sum(lengths)
-    assert found["rollout/ended"] == pytest.approx(sum(row[-1] == END for row in rollout.completions) / 12)
-    assert 0 < found["rollout/ended"] < 1
+    assert metrics["rollout/reward"] == pytest.approx(sum(rewards) / 12)
+    assert metrics["rollout/accuracy"] == pytest.approx(sum(WANTED in row for row in rollout.completions) / 12)
+    assert metrics["rollout/equal_groups"] == pytest.approx(sum(len(set(group)) == 1 for group in groups) / 3)
+    assert metrics["rollout/length"] == sum(lengths) / 12
+    assert metrics["rollout/tokens"] == sum(lengths)
+    assert metrics["rollout/ended"] == pytest.approx(sum(row[-1] == END for row in rollout.completions) / 12)
+    assert 0 < metrics["rollout/ended"] < 1
 
 
 def test_steps_and_problems_have_samples_of_their_own():

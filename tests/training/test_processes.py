@@ -30,12 +30,12 @@ def test_alone_a_process_has_all_the_work_and_adds_nothing():
 @pytest.mark.parametrize(("items", "count"), [(5, 2), (6, 3), (7, 4), (3, 3)])
 def test_all_chunks_in_order_are_the_items_and_none_is_empty(monkeypatch, items, count):
     monkeypatch.setattr(processes, "count", lambda: count)
-    found = []
+    parts = []
     for rank in range(count):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        found.append(processes.chunk(list(range(items))))
-    assert all(found)
-    assert [item for part in found for item in part] == list(range(items))
+        parts.append(processes.chunk(list(range(items))))
+    assert all(parts)
+    assert [item for part in parts for item in part] == list(range(items))
     with pytest.raises(ValueError, match=f"received {count - 1} items for {count} processes"):
         processes.chunk(list(range(count - 1)))
 
@@ -43,13 +43,13 @@ def test_all_chunks_in_order_are_the_items_and_none_is_empty(monkeypatch, items,
 def test_parts_of_a_rollout_make_the_rollout():
     run, problems = test_grpo.make(seed=2, longest=12), test_grpo.problems(1)[0]
     whole, parts = run.roll(problems, 0), [run.roll(problems[:1], 0), run.roll(problems[1:], 0)]
-    found = rollouts.merged(parts)
+    merged = rollouts.merged(parts)
     assert parts[0].mask.shape[1] != parts[1].mask.shape[1], "nothing to pad"
     for name, value in vars(whole).items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(getattr(found, name), value, atol=1e-6, rtol=0, msg=name)
+            torch.testing.assert_close(getattr(merged, name), value, atol=1e-6, rtol=0, msg=name)
         else:
-            assert getattr(found, name) == value, name
+            assert getattr(merged, name) == value, name
 
 
 @pytest.mark.slow

@@ -128,8 +128,8 @@ def test_a_last_bit_a_sign_of_zero_and_a_missing_cell_are_differences():
     assert trees.differences(one, same) == []
     for values in ({"eval/x": 0.1 + 2e-17}, {"eval/y": [-0.0, float("nan")]}):
         other = {"e/a": report | {"metrics": report["metrics"] | values}}
-        (told,) = trees.differences(one, other)
-        assert told.startswith("e/a differs in 1: metrics eval/")
+        (difference,) = trees.differences(one, other)
+        assert difference.startswith("e/a differs in 1: metrics eval/")
     assert "there is no such cell" in trees.differences(one, {})[0]
 
 
@@ -171,8 +171,8 @@ def test_a_cell_that_would_be_multiplied_in_another_dtype_than_its_record_is_nam
     name = first(sealed)
     today = {f"fig_gradient_shift/{name}": {"dtype": "float64"}}
     assert reseal.other_dtypes(sealed, today) == []
-    (told,) = reseal.other_dtypes(changed(sealed, name, dtype="bfloat16"), today)
-    assert told == f"{name}: bfloat16 in its record, float64 today"
+    (line,) = reseal.other_dtypes(changed(sealed, name, dtype="bfloat16"), today)
+    assert line == f"{name}: bfloat16 in its record, float64 today"
 
 
 def test_older_code_runs_in_float32_unless_a_record_is_of_bfloat16(sealed):

@@ -52,8 +52,8 @@ def test_every_stage_of_full_writes_to_full_and_every_other_to_the_chosen_profil
 
 def test_prepare_brings_every_asset_but_those_on_request():
     outs = yaml.safe_load(stages.texts()[paths.ROOT / "dvc.yaml"])["stages"]["prepare"]["outs"]
-    found = {next(iter(out)).removeprefix("data/raw/") for out in outs}
-    assert found == set(assets.manifest()) - {"efficientnet_lite0"}
+    fetched = {next(iter(out)).removeprefix("data/raw/") for out in outs}
+    assert fetched == set(assets.manifest()) - {"efficientnet_lite0"}
 
 
 def test_a_section_needs_the_assets_that_it_names_at_any_depth():
@@ -95,10 +95,10 @@ def dvc(root, *arguments):
 
 def stale(root):
     """The stages of which a dependency or parameter changed since dvc.lock; checkpoints are absent, not changed."""
-    found = json.loads(dvc(root, "status", "dvc.yaml", "--json"))
+    status = json.loads(dvc(root, "status", "dvc.yaml", "--json"))
     changes = {
         stage: [entry.get("changed deps", {}) for entry in why if isinstance(entry, dict)]
-        for stage, why in found.items()
+        for stage, why in status.items()
     }
     return {
         stage

@@ -42,15 +42,10 @@ def mean_interval(values: Numbers, *, level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half, count, level)
 
 
-def paired_interval(left: Numbers, right: Numbers, *, level: float = 0.95) -> Estimate:
-    """Interval of the mean of left - right; position i of both is the same replicate."""
-    return mean_interval(_differences(left, right), level=level)
-
-
 def paired_p_value(left: Numbers, right: Numbers) -> float:
     """Two-sided p of the paired t test of mean(left - right) = 0; without spread 0 if the mean differs, else 1.
 
-    Below 1 - level exactly when `paired_interval` at that level excludes 0.
+    Below 1 - level exactly when the interval of left - right at that level excludes 0.
     Raises ValueError for fewer than two replicates.
     """
     mean, error, count = _moments(_differences(left, right))
