@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from limbeck import seeding
 from limbeck.adapters.basis import Bank, Stream
-from limbeck.adapters.combination import Factor
+from limbeck.adapters.factor import Factor
 
 
 class Pranc(nn.Module):

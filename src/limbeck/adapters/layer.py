@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters.basis import Bank, Stream
-from limbeck.adapters.combination import Factor
 from limbeck.adapters.config import BLOCKS, NolaConfig
+from limbeck.adapters.factor import Factor
 from limbeck.adapters.quantisation import wide
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from limbeck import adapters
 from limbeck.adapters.basis import Stream
-from limbeck.adapters.combination import Factor
+from limbeck.adapters.factor import Factor
 from limbeck.adapters.layer import NolaLayer
 from limbeck.adapters.quantisation import quantised
 

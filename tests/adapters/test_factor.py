@@ -11,7 +11,7 @@ import torch
 
 from limbeck.adapters import basis
 from limbeck.adapters.basis import Bank, Stream
-from limbeck.adapters.combination import Factor
+from limbeck.adapters.factor import Factor
 
 K, SHAPE = 10, (6, 5)
 CHUNKS = {"1 chunk": 10, "2 chunks": 5, "3 chunks, the last smaller": 4, "k chunks": 1}
