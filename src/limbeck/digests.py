@@ -55,8 +55,13 @@ def of_names(*names: str) -> str:
 
 
 def of_notebook(notebook: Path) -> str:
-    """The digest of a notebook's code cells and of all that they reach; their text counts as it stands."""
+    """The digest of a notebook's code cells and of all that they reach; their text counts as it stands.
+
+    Of a train notebook the text alone, since an experiment's own digest says what it reaches.
+    """
     source = "\n".join(cells(notebook))
+    if notebook.stem == "train":
+        return hashlib.sha256(source.encode()).hexdigest()
     return _digest([], [source, normal_form.of_text("limbeck", _MAGIC.sub("", source))])
 
 
@@ -77,8 +82,7 @@ def everything() -> dict[str, dict[str, str]]:
     digests = {"assets": {"fetch": of_names("limbeck.assets._main")}}
     for file in sorted(paths.PARAMS.glob("*.yaml")):
         paper, folder = file.stem, paths.NOTEBOOKS / file.stem
-        hashes = {path.stem: of_notebook(path) for path in sorted(folder.glob("*.ipynb")) if path.stem != "train"}
-        hashes["train"] = hashlib.sha256("\n".join(cells(folder / "train.ipynb")).encode()).hexdigest()
+        hashes = {path.stem: of_notebook(path) for path in sorted(folder.glob("*.ipynb"))}
         digests[paper] = hashes | {f"{name}-train": of_experiment(paper, name) for name in experiments(paper)}
     return digests
 
