@@ -50,22 +50,22 @@ class NormalForm:
 def of_definition(definition: Definition) -> NormalForm:
     """The normal form of a top-level name: of every statement that binds it."""
     statements = definitions.read(definition.module).statements[definition.name]
-    return _of(definition.module, definition.name, tuple(statements))
+    return _written(definition.module, definition.name, tuple(statements))
 
 
 def of_effects(module: str) -> list[NormalForm]:
     """The normal forms of the statements that do something when a module is loaded."""
-    return [_of(module, "", (statement,)) for statement in definitions.read(module).effects]
+    return [_written(module, "", (statement,)) for statement in definitions.read(module).effects]
 
 
 def of_text(module: str, source: str) -> NormalForm:
     """The normal form of statements that stand in no file, as in a notebook's cells: their names are all local."""
     body = ast.FunctionDef("text", ast.arguments([], [], None, [], [], None, []), ast.parse(source).body, [])
-    return _of(module, "", (body,))
+    return _written(module, "", (body,))
 
 
 @functools.lru_cache(maxsize=8192)
-def _of(module: str, name: str, statements: tuple[ast.stmt, ...]) -> NormalForm:
+def _written(module: str, name: str, statements: tuple[ast.stmt, ...]) -> NormalForm:
     writer = _Writer(module, name)
     for statement in statements:
         writer.top(statement)

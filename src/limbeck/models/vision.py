@@ -133,12 +133,12 @@ def attach(model: nn.Module, arm: str, *, rank: int, seed: int) -> int:
     if arm.startswith("lora_"):
         options = dict.fromkeys(("r", "lora_alpha"), int(arm.removeprefix("lora_")))
         with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(LoraConfig(target_modules=_of(model, _LORA_TARGETS), **options), model)
+            inject_adapter_in_model(LoraConfig(target_modules=_layer_names(model, _LORA_TARGETS), **options), model)
         draw_start(model, seed)
     elif arm in ("nola", "nola_half"):
         count = budget(model) // (1 if arm == "nola" else 2)
         matrices = len(_targets(model, _NOLA_TARGETS))
-        options = {"target_modules": _of(model, _NOLA_TARGETS), "basis_seed": seed}
+        options = {"target_modules": _layer_names(model, _NOLA_TARGETS), "basis_seed": seed}
         number = count // (2 * matrices)
         inject_adapter_in_model(NolaConfig(r=rank, nola_alpha=rank, num_basis=number, **options), model)
     elif arm != "linear":
@@ -154,10 +154,10 @@ def budget(model: nn.Module) -> int:
     return sum(layer.weight.shape[0] + layer.weight.shape[1] for layer in layers)
 
 
-def _of(model: nn.Module, targets: list[str]) -> list[str]:
+def _layer_names(model: nn.Module, targets: list[str]) -> list[str]:
     return _CONVOLUTIONS if isinstance(model, efficientnet.EfficientNet) else targets
 
 
 def _targets(model: nn.Module, targets: list[str]) -> list[nn.Module]:
-    ends = tuple(f".{name}" for name in _of(model, targets))
+    ends = tuple(f".{name}" for name in _layer_names(model, targets))
     return [module for name, module in model.named_modules() if f".{name}".endswith(ends)]

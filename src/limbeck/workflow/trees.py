@@ -15,7 +15,7 @@ from typing import Any
 from limbeck import paths, records
 from limbeck.workflow import probe
 
-_SHOWN = 3  # differences of a cell that are told
+_SHOWN = 3  # differences of a cell that are shown
 Report = dict[str, Any]
 
 
