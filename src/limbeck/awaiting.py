@@ -1,6 +1,7 @@
 """Experiments whose records are of earlier code, and wait for a training: data/awaiting.yaml.
 
-Each entry, named profile/paper/experiment, has the `commit` whose code made its records and the `reason` why no reseal can renew them.
+Each entry, named profile/paper/experiment, has the `commit` whose code made its records and the `reason` why no reseal
+can renew them.
 """
 
 from typing import Any
