@@ -184,7 +184,7 @@ def test_only_an_svg_is_saved_and_a_failure_leaves_nothing(tmp_path):
 
 def test_another_process_saves_the_same_bytes_and_loads_neither_torch_nor_scipy(tmp_path):
     code = (
-        "import sys, pathlib, numpy as np\nfrom limbeck import figures\n"
+        "import sys, pathlib, numpy as np\nfrom limbeck.exhibits import figures\n"
         "assert not {'torch', 'scipy', 'pandas'} & set(sys.modules), 'figures must open in a second'\n"
         "grid = np.linspace(-10, 10, 101); density = np.exp(-(grid**2)) / np.exp(-(grid**2)).sum()\n"
         "figure = figures.toy_panels(grid, density, {'kl': np.stack([density] * 2)}, titles={'kl': 'kl'})\n"
