@@ -1,4 +1,4 @@
-"""In a copy of the tree: what moving, renaming and documenting leaves of the records' hashes, and what a change does."""
+"""In a copy of the tree: what moving, renaming and documenting leaves of records' hashes, and what a change does."""
 
 import json
 import re

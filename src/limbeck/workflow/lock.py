@@ -1,4 +1,4 @@
-"""Write into dvc.lock what stands: `python -m limbeck.workflow.lock`, after a reseal, or where records await a training.
+"""Write into dvc.lock what stands: `python -m limbeck.workflow.lock`, after a reseal or where records await a training.
 
 `dvc commit` would ask for checkpoints, which a clone does not have, and copy the assets to its cache. What is missing
 keeps the checksum that it had. Whether records stand is the ledger's to say; this only tells DVC.
