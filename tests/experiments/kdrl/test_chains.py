@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from limbeck import params
-from limbeck.experiments.kdrl import chains, table_starts
+from limbeck.experiments.kdrl import chains, starting_models
 from limbeck.experiments.kdrl.chains import Chains
 from limbeck.sampling import Completions
 from limbeck.tasks import chain_sum
@@ -12,7 +12,7 @@ from limbeck.tasks import chain_sum
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("kdrl", "table_starts", "smoke", table_starts.Params)
+    return params.load("kdrl", "table_starts", "smoke", starting_models.Params)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def data(section):
 @pytest.fixture(scope="module")
 def model(section, data):
     """Untrained."""
-    return table_starts._drawn(section, data, 0)
+    return starting_models._drawn(section, data, 0)
 
 
 def parts(data):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from limbeck import params, sampling
-from limbeck.experiments.kdrl import fig_real_model, word_problems
+from limbeck.experiments.kdrl import real_model, word_problems
 from limbeck.experiments.kdrl.word_problems import Words
 from limbeck.models import language
 from limbeck.tasks import chain_sum, gsm_symbolic, mathematics
@@ -27,7 +27,7 @@ def problems(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("kdrl", "fig_real_model", "smoke", fig_real_model.Params)
+    return params.load("kdrl", "fig_real_model", "smoke", real_model.Params)
 
 
 @pytest.fixture(params=NAMES)

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from limbeck import models, seeding
-from limbeck.experiments.kdrl import curves, lines, table_starts
+from limbeck.experiments.kdrl import arms, curves, starting_models
+from limbeck.experiments.kdrl.arms import START, TEACHER, WrittenArm
 from limbeck.experiments.kdrl.chains import FAMILIES, Chains
-from limbeck.experiments.kdrl.lines import START, TEACHER, Line
 from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import one_of, positive
 from limbeck.sampling import Sampled
@@ -28,8 +28,8 @@ Steps = Generator[dict[str, float], None, Result]
 
 
 @dataclass(frozen=True)
-class Params(table_starts.Section):
-    """The section of params/kdrl.yaml; sources stand there. Arms are written as `lines` says."""
+class Params(starting_models.Section):
+    """The section of params/kdrl.yaml; sources stand there. Arms are written as `arms` says."""
 
     arms: tuple[str, ...]
     kd_coefs: tuple[float, ...]
@@ -58,9 +58,9 @@ class Params(table_starts.Section):
         positive(steps=self.steps, prompts=self.prompts, validation_samples=self.validation_samples)
 
     @property
-    def lines(self) -> tuple[Line, ...]:
+    def lines(self) -> tuple[WrittenArm, ...]:
         """The arms, read."""
-        return tuple(map(lines.read, self.arms))
+        return tuple(map(arms.read, self.arms))
 
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
@@ -96,14 +96,14 @@ def run(cell: Cell, params: Params, place: Workspace) -> Steps:
     at, data = cell.coordinates, Chains(params)
     folder = place.checkpoints.parent / "table_starts"
     pair = {name: at[name] for name in ("student", "teacher")}
-    student, teacher = (table_starts.model_of(params, data, folder, name).to(place.device) for name in pair.values())
+    student, teacher = (starting_models.model_of(params, data, folder, name).to(place.device) for name in pair.values())
     dtype = models.precision(place.precision, width=student.config.hidden_size, where=place.device)
     if at["arm"] in (START, TEACHER):
         yield {"step": 1, "steps": 1}
         model = student if at["arm"] == START else teacher
         return Result(data.test_scores(model, seed=at["seed"], dtype=dtype), dtype=_spelled(dtype))
     method = objectives.arm(at["arm"])
-    coef = _coefficient(at, place) if Line(**pair, method=at["arm"], kd_coef=None).mixed else float(method.taught)
+    coef = _coefficient(at, place) if WrittenArm(**pair, method=at["arm"], kd_coef=None).mixed else float(method.taught)
     switch = _switch(at, params, place) if method.schedule == "switch" else None
     aim = objectives.of(method, kd_coef=coef, steps=params.steps, switch=switch, measure_every=params.measure_every)
     runner = _runner(method, student, teacher, data, params, seed=at["seed"], dtype=dtype)

@@ -13,7 +13,7 @@ START, TEACHER = "start", "teacher"  # methods that are not trained
 _WRITTEN = re.compile(r"(?P<method>\w+)( (?P<kd_coef>[\d.e-]+))?( from (?P<student>\w+))?( by (?P<teacher>\w+))?")
 
 
-class Line(NamedTuple):
+class WrittenArm(NamedTuple):
     """One arm of a comparison; a weight of None is chosen, or there is none."""
 
     student: str
@@ -35,7 +35,7 @@ class Line(NamedTuple):
         return {"student": self.student, "teacher": self.teacher}
 
 
-def read(written: str) -> Line:
+def read(written: str) -> WrittenArm:
     """One arm. Raises ValueError for one that is not written so, an unknown method, or a weight where none counts."""
     found = _WRITTEN.fullmatch(written)
     if found is None:
@@ -43,7 +43,7 @@ def read(written: str) -> Line:
     if found["method"] not in (START, TEACHER):
         objectives.arm(found["method"])
     models = found["student"] or "student", found["teacher"] or "teacher"
-    line = Line(*models, found["method"], None if found["kd_coef"] is None else float(found["kd_coef"]))
+    line = WrittenArm(*models, found["method"], None if found["kd_coef"] is None else float(found["kd_coef"]))
     if line.kd_coef is not None and not line.mixed:
         raise ValueError(f"received arm {written!r}, expected no weight: nothing is weighed in it")
     return line

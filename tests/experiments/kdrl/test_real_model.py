@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import cells
 from limbeck import params, seeding
-from limbeck.experiments.kdrl import fig_real_model
+from limbeck.experiments.kdrl import real_model
 from limbeck.experiments.kdrl.real_models import Bench
 from limbeck.experiments.kdrl.word_problems import Words
 from limbeck.losses import divergence
@@ -25,7 +25,7 @@ FILE = "teacher.safetensors"
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("kdrl", "fig_real_model", "smoke", fig_real_model.Params)
+    return params.load("kdrl", "fig_real_model", "smoke", real_model.Params)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def ran(section, tmp_path_factory):
     """The records of the smoke section, with an arm of each other kind, and its folder."""
     section = dataclasses.replace(section, arms=(*section.arms, "rejection", "kd_then_rl"), steps=3)
     folder = tmp_path_factory.mktemp("real_model")
-    return cells.run_all(fig_real_model, section, folder), folder, section
+    return cells.run_all(real_model, section, folder), folder, section
 
 
 def bench(section, folder):
@@ -41,9 +41,7 @@ def bench(section, folder):
 
 
 def cell_of(section, arm, phase="final"):
-    (cell,) = [
-        c for c in fig_real_model.cells(section, (0,)) if c.coordinates == {"phase": phase, "arm": arm, "seed": 0}
-    ]
+    (cell,) = [c for c in real_model.cells(section, (0,)) if c.coordinates == {"phase": phase, "arm": arm, "seed": 0}]
     return cell
 
 
@@ -70,7 +68,7 @@ def test_the_smoke_section_runs_and_needs_no_asset(ran):
     assert len(found[0]["curve"]["loss/ce"]) == section.further_steps
     final = check(found, section)
     assert final["kd_then_rl"]["metrics"]["kd/switch"] == 2.0, "nothing rose"
-    assert all(cell.inputs["assets"] == [] for cell in fig_real_model.cells(section, (0,)))
+    assert all(cell.inputs["assets"] == [] for cell in real_model.cells(section, (0,)))
     own = {run["curve"]["rollout/length"][0] for arm, run in final.items() if run["curve"] and arm != "rejection"}
     assert len(own) == 1, "before the first step, arms have the same completions"
 
@@ -99,8 +97,8 @@ def test_the_teacher_is_fine_tuned_on_solutions_of_problems_that_no_arm_meets(se
             logprobs = model(torch.tensor([[*prompt, *solution]])).logits[0].log_softmax(-1)
             said += [logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(solution)]
         seen.append(-sum(said) / len(said))
-    cell = fig_real_model.cells(long, (0,))[0]
-    result = cells.drive(fig_real_model, long, cell, cells.place(tmp_path, "x"))
+    cell = real_model.cells(long, (0,))[0]
+    result = cells.drive(real_model, long, cell, cells.place(tmp_path, "x"))
     assert result.curve["loss/ce"] == pytest.approx(seen, rel=1e-4)
 
 
@@ -116,9 +114,9 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, tmp_path, phase, arm):
     if phase == "final":
         (tmp_path / FILE).write_bytes((folder / FILE).read_bytes())
     cell, where = cell_of(section, arm, phase), cells.place(tmp_path, "cut")
-    assert cells.drive(fig_real_model, section, cell, where, kill_at=2) is None
+    assert cells.drive(real_model, section, cell, where, kill_at=2) is None
     torch.rand(7)
-    assert vars(cells.drive(fig_real_model, section, cell, where)).items() <= whole.items()
+    assert vars(cells.drive(real_model, section, cell, where)).items() <= whole.items()
     for file in cell.checkpoint_files:
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
 
@@ -138,7 +136,7 @@ def test_all_arms_of_a_seed_meet_the_same_prompts_and_rows_come_once_an_epoch(ra
     seen = []
     for arm in ("grpo", "kd", "kdrl", "rejection"):
         with pytest.raises(HandedError) as caught:
-            cells.drive(fig_real_model, long, cell_of(long, arm), cells.place(folder, "x"))
+            cells.drive(real_model, long, cell_of(long, arm), cells.place(folder, "x"))
         run, problems = caught.value.args
         seen.append(problems)
         assert (run.teacher is None) == (arm in ("grpo", "rejection"))
@@ -154,30 +152,30 @@ def test_all_arms_of_a_seed_meet_the_same_prompts_and_rows_come_once_an_epoch(ra
 
 def test_cells_have_the_seeds_that_were_asked_for_and_an_added_seed_changes_none(section):
     two = dataclasses.replace(section, replicates=2)
-    one, both = fig_real_model.cells(section, (5, 6)), fig_real_model.cells(two, (5, 6))
+    one, both = real_model.cells(section, (5, 6)), real_model.cells(two, (5, 6))
     assert {cell.coordinates["seed"] for cell in one[1:]} == {5}
     assert [cell for cell in both if cell.coordinates["seed"] != 6] == one
     assert [cell.wave for cell in one] == [0] + [1] * len(section.arms)
     with pytest.raises(ValueError, match=r"received the seeds \(5,\), expected at least 2"):
-        fig_real_model.cells(two, (5,))
+        real_model.cells(two, (5,))
 
 
 def test_what_is_only_measured_is_sampled_anew_for_every_seed(ran):
     _, folder, section = ran
-    found = fig_real_model.cells(dataclasses.replace(section, replicates=3), (0, 1, 2))
+    found = real_model.cells(dataclasses.replace(section, replicates=3), (0, 1, 2))
     every = [cell for cell in found if cell.coordinates["arm"] == "start"]
-    results = [cells.drive(fig_real_model, section, cell, cells.place(folder, "x")) for cell in every]
+    results = [cells.drive(real_model, section, cell, cells.place(folder, "x")) for cell in every]
     assert len({result.metrics["test/length"] for result in results}) > 1
 
 
 def test_a_teacher_that_has_a_name_is_not_trained_here(section):
     other = dataclasses.replace(section, teacher="llama-1x32", further_steps=0, taught_size=0)
-    assert {cell.coordinates["phase"] for cell in fig_real_model.cells(other, (0,))} == {"final"}
+    assert {cell.coordinates["phase"] for cell in real_model.cells(other, (0,))} == {"final"}
 
 
 def test_the_assets_that_a_section_names_are_part_of_what_a_cell_depends_on():
-    section = params.load("kdrl", "fig_real_model", "full", fig_real_model.Params)
-    assert all(len(cell.inputs["assets"]) == 1 for cell in fig_real_model.cells(section, range(5)))
+    section = params.load("kdrl", "fig_real_model", "full", real_model.Params)
+    assert all(len(cell.inputs["assets"]) == 1 for cell in real_model.cells(section, range(5)))
 
 
 def saved(folder, *, words, spare, seed, steps):
@@ -222,14 +220,14 @@ def pair(tmp_path_factory):
     small = {"task": f"math/{folder / 'problems'}", "train_size": 6, "validation_size": 2, "test_size": 4, "longest": 8}
     small |= {"steps": 2, "prompts": 2, "group_size": 4, "save_every": 1, "measure_every": 1, "verify_limit": 60.0}
     small |= {"validation_samples": 2, "test_samples": 2, "micro_tokens": 256, "sampler": "transformers"}
-    committed = params.load("kdrl", "fig_real_model", "paper", fig_real_model.Params)
+    committed = params.load("kdrl", "fig_real_model", "paper", real_model.Params)
     return dataclasses.replace(committed, **models, **small)
 
 
 @pytest.mark.slow
 def test_the_paper_section_runs_on_a_pair_of_qwen2_from_folders_with_math_verify(pair, tmp_path):
     pytest.importorskip("math_verify")
-    found = cells.run_all(fig_real_model, pair, tmp_path)
+    found = cells.run_all(real_model, pair, tmp_path)
     final = check(found, pair)
     assert set(final) == set(pair.arms) >= {"grpo", "kd", "kdrl", "annealed"}
     rewards = [reward for run in final.values() for reward in run["curve"].get("rollout/reward", [])]
