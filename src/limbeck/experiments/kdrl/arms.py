@@ -27,7 +27,7 @@ class WrittenArm(NamedTuple):
         if self.method in (START, TEACHER):
             return False
         arm = objectives.arm(self.method)
-        return arm.reward and arm.taught and arm.schedule != "switch"
+        return arm.reward and arm.asks_teacher and arm.schedule != "switch"
 
     @property
     def pair(self) -> dict[str, str]:

@@ -103,9 +103,15 @@ def run(cell: Cell, params: Params, place: Workspace) -> Steps:
         model = student if at["arm"] == START else teacher
         return Result(data.test_scores(model, seed=at["seed"], dtype=dtype), dtype=_spelled(dtype))
     method = objectives.arm(at["arm"])
-    coef = _coefficient(at, place) if WrittenArm(**pair, method=at["arm"], kd_coef=None).mixed else float(method.taught)
+    coef = (
+        _coefficient(at, place)
+        if WrittenArm(**pair, method=at["arm"], kd_coef=None).mixed
+        else float(method.asks_teacher)
+    )
     switch = _switch(at, params, place) if method.schedule == "switch" else None
-    aim = objectives.of(method, kd_coef=coef, steps=params.steps, switch=switch, measure_every=params.measure_every)
+    aim = objectives.objective(
+        method, kd_coef=coef, steps=params.steps, switch=switch, measure_every=params.measure_every
+    )
     runner = _runner(method, student, teacher, data, params, seed=at["seed"], dtype=dtype)
     weights = models.trainable(student)
 
@@ -150,7 +156,7 @@ def _runner(
         split_every=params.measure_every,
     )
     verify = data.verifier(data.train[FAMILIES[0]])
-    scorer = teacher if method.taught else None
+    scorer = teacher if method.asks_teacher else None
     return learner.Run(student, Sampled(writer, data.end, dtype=dtype), verify, scorer, settings, dtype)
 
 

@@ -144,10 +144,10 @@ def ours(arm: str, section: Params, lengths: str, size: int, asked: Asked) -> Ca
         return Verdict(reward, correct=reward == 1.0)
 
     sampler = sampling.Sampled(student, tokenizer.eos_token_id)
-    teacher = start(section, lengths, 1)[0] if method.taught else None
+    teacher = start(section, lengths, 1)[0] if method.asks_teacher else None
     settings = learner.Settings(**options, save_every=every, split_every=every)
     problems = [[Problem(tuple(tokenizer(prompt)["input_ids"]), prompt) for prompt in asked]] * every
-    aim = objectives.of(method, kd_coef=section.kd_coef, steps=every, measure_every=every)
+    aim = objectives.objective(method, kd_coef=section.kd_coef, steps=every, measure_every=every)
     run = learner.Run(student, sampler, verify, teacher, settings)
     steps = grpo.fit(run, models.trainable(student), problems, aim, state=None)
     return lambda: next(steps)["rollout/length"]

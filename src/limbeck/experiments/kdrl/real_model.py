@@ -55,7 +55,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     inputs["assets"] = assets.checksums(params.student, params.teacher)
     found = []
     if params.teacher == FURTHER:
-        found.append(Cell({"phase": "teacher", "arm": TEACHER, "seed": 0}, inputs, (imitation.file_of(TEACHER),)))
+        found.append(Cell({"phase": "teacher", "arm": TEACHER, "seed": 0}, inputs, (imitation.weights_file(TEACHER),)))
     for seed in seeds[: params.replicates]:
         for arm in params.arms:
             found.append(Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, wave=1 + _switches(arm)))
@@ -80,14 +80,14 @@ def _train(arm: str, seed: int, params: Params, bench: Bench) -> Steps:
     """One arm: its steps, then its scores on the test split."""
     data, method, student = bench.data, objectives.arm(arm), bench.student()
     own, dtype = method.texts == "own", bench.dtype(student)
-    teacher = bench.teacher() if method.taught or not own else None
+    teacher = bench.teacher() if method.asks_teacher or not own else None
     switch = _switch(seed, params, bench.place) if _switches(arm) else None
     options = {"steps": params.steps, "switch": switch, "measure_every": params.measure_every}
-    aim = objectives.of(method, kd_coef=params.kd_coef, **options)
+    aim = objectives.objective(method, kd_coef=params.kd_coef, **options)
     chosen = {name: getattr(params, name) for name in _SETTINGS}
     settings = learner.Settings(**chosen, seed=seed, split_every=params.measure_every)
     sampler = data.sampler(student if own else teacher, dtype)
-    scorer = teacher if method.taught else None
+    scorer = teacher if method.asks_teacher else None
     runner = learner.Run(student, sampler, data.verifier(), scorer, settings, dtype)
     source = seeding.generator(seed, "prompts")
     drawn = rollouts.batches(len(data.train), size=params.prompts, steps=params.steps, source=source)

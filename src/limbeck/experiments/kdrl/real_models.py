@@ -109,8 +109,8 @@ def train_teacher(bench: Bench) -> Steps:
     sizes = {"size": section.further_batch, "steps": section.further_steps}
     found = rollouts.batches(len(asked), **sizes, source=seeding.generator(0, "further"))
     drawn = [torch.tensor(rows) for rows in found]
-    loss, weights = imitation.loss_of(model, asked, said, bench.dtype(model)), models.trainable(model)
+    loss, weights = imitation.solution_loss(model, asked, said, bench.dtype(model)), models.trainable(model)
     options = {"clip_norm": section.clip_norm, "state": bench.place.state, "save_every": section.save_every}
     curve = yield from supervised.fit(weights, loss, drawn, learning_rate=section.further_learning_rate, **options)
-    resume.write_tensors(bench.place.checkpoints / imitation.file_of(TEACHER), dict(weights))
+    resume.write_tensors(bench.place.checkpoints / imitation.weights_file(TEACHER), dict(weights))
     return bench.result(model, bench.validation(model), curve, weights)

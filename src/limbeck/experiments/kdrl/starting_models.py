@@ -67,7 +67,9 @@ def cells(params: Section, _seeds: Sequence[int]) -> list[Cell]:
     for name, begin in zip(params.names, params.begins, strict=True):
         turns[name] = turns[begin] + 1
     inputs = asdict(params)
-    return [Cell({"arm": name, "seed": 0}, inputs, (imitation.file_of(name),), turns[name]) for name in params.names]
+    return [
+        Cell({"arm": name, "seed": 0}, inputs, (imitation.weights_file(name),), turns[name]) for name in params.names
+    ]
 
 
 def model_of(section: Section, data: Chains, folder: Path, name: str) -> PreTrainedModel:
@@ -96,7 +98,7 @@ def run(cell: Cell, params: Section, place: Workspace) -> Generator[dict[str, fl
     prompts, solutions = worked(params, data, at)
     lengths = torch.tensor([len(x) + len(y) for x, y in zip(prompts, solutions, strict=True)])
     batches = _batches(lengths, size=params.start_batch, steps=params.start_steps[at], seed=seed)
-    loss = imitation.loss_of(model, prompts, solutions, dtype)
+    loss = imitation.solution_loss(model, prompts, solutions, dtype)
     parameters = models.trainable(model)
     options = {"clip_norm": params.start_clip_norm, "state": place.state, "save_every": params.start_save_every}
     curve = yield from supervised.fit(parameters, loss, batches, learning_rate=params.rates[at], **options)
