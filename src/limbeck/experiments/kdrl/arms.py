@@ -1,16 +1,29 @@
-"""How the arms of a comparison are written in params: `kdrl 0.3 from weak by terse`.
+"""The arms of KDRL's comparisons: how they are written in params, the loop that trains one, and what its curve says.
 
-That is the method, the teacher's weight, the student and the teacher. All but the method may be left out: the weight
-where it is chosen or there is none, the models where they are called student and teacher.
+`kdrl 0.3 from weak by terse` is the method, the teacher's weight, the student and the teacher. All but the method may
+be left out: the weight where it is chosen or there is none, the models where they are called student and teacher.
 """
 
 import re
-from typing import NamedTuple
+import statistics
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from limbeck.training import objectives
+import torch
+from transformers import PreTrainedModel
+
+from limbeck import models, seeding
+from limbeck.experiments.kdrl.problems import Problems
+from limbeck.params import positive
+from limbeck.training import grpo, learner, objectives, rollouts
+from limbeck.training.grpo import Curve
+from limbeck.training.rollouts import Problem
 
 START, TEACHER = "start", "teacher"  # methods that are not trained
 _WRITTEN = re.compile(r"(?P<method>\w+)( (?P<kd_coef>[\d.e-]+))?( from (?P<student>\w+))?( by (?P<teacher>\w+))?")
+_EARLY = 0.25  # of the steps
 
 
 class WrittenArm(NamedTuple):
@@ -22,12 +35,9 @@ class WrittenArm(NamedTuple):
     kd_coef: float | None
 
     @property
-    def mixed(self) -> bool:
-        """Whether it weighs the teacher against the reward at a constant or annealed weight."""
-        if self.method in (START, TEACHER):
-            return False
-        arm = objectives.arm(self.method)
-        return arm.reward and arm.asks_teacher and arm.schedule != "switch"
+    def weighs_teacher(self) -> bool:
+        """Whether a weight of the teacher belongs to it, written or chosen."""
+        return self.method not in (START, TEACHER) and objectives.arm(self.method).weighs_teacher
 
     @property
     def pair(self) -> dict[str, str]:
@@ -37,13 +47,134 @@ class WrittenArm(NamedTuple):
 
 def read(written: str) -> WrittenArm:
     """One arm. Raises ValueError for one that is not written so, an unknown method, or a weight where none counts."""
-    found = _WRITTEN.fullmatch(written)
-    if found is None:
+    parts = _WRITTEN.fullmatch(written)
+    if parts is None:
         raise ValueError(f"received arm {written!r}, expected `method`, `method 0.3`, `... from student by teacher`")
-    if found["method"] not in (START, TEACHER):
-        objectives.arm(found["method"])
-    models = found["student"] or "student", found["teacher"] or "teacher"
-    line = WrittenArm(*models, found["method"], None if found["kd_coef"] is None else float(found["kd_coef"]))
-    if line.kd_coef is not None and not line.mixed:
+    if parts["method"] not in (START, TEACHER):
+        objectives.arm(parts["method"])
+    kd_coef = None if parts["kd_coef"] is None else float(parts["kd_coef"])
+    arm = WrittenArm(parts["student"] or "student", parts["teacher"] or "teacher", parts["method"], kd_coef)
+    if kd_coef is not None and not arm.weighs_teacher:
         raise ValueError(f"received arm {written!r}, expected no weight: nothing is weighed in it")
-    return line
+    return arm
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How an arm is trained and watched; a curve's windows have `save_every` steps, `target` is of their scores."""
+
+    steps: int
+    prompts: int
+    group_size: int
+    learning_rate: float
+    clip_norm: float
+    micro_tokens: int
+    save_every: int
+    measure_every: int
+    validation_samples: int
+    target: float
+
+    def __post_init__(self) -> None:
+        positive(steps=self.steps, prompts=self.prompts, validation_samples=self.validation_samples)
+
+    @property
+    def window_ends(self) -> list[int]:
+        """The last step of each window of a curve, counted from 1."""
+        return [min(start + self.save_every, self.steps) for start in range(0, self.steps, self.save_every)]
+
+    def settings(self, *, longest: int, seed: int) -> learner.Settings:
+        """Those of the loop for one seed."""
+        return learner.Settings(
+            group_size=self.group_size,
+            longest=longest,
+            seed=seed,
+            learning_rate=self.learning_rate,
+            clip_norm=self.clip_norm,
+            save_every=self.save_every,
+            micro_tokens=self.micro_tokens,
+            split_every=self.measure_every,
+        )
+
+
+def train(
+    method: objectives.Arm,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    problems: Problems,
+    loop: Loop,
+    *,
+    kd_coef: float,
+    switch: int | None,
+    seed: int,
+    dtype: torch.dtype,
+    state: Path,
+) -> Generator[dict[str, float], None, tuple[dict[str, float], Curve]]:
+    """Train the student by one method; returns its `summary` and its curve.
+
+    For SFT the teacher writes the texts, and scores none. A seed fixes the prompts of every step and the random numbers
+    of every sample, for every method.
+    """
+    writer = student if method.texts == "own" else teacher
+    run = learner.Run(
+        student,
+        problems.sampler(writer, dtype),
+        problems.verifier(),
+        teacher if method.asks_teacher else None,
+        loop.settings(longest=problems.params.longest, seed=seed),
+        dtype,
+    )
+    objective = objectives.objective(
+        method, kd_coef=kd_coef, steps=loop.steps, switch=switch, measure_every=loop.measure_every
+    )
+
+    def measure() -> dict[str, float]:
+        return problems.validation_scores(student, samples=loop.validation_samples, dtype=dtype)
+
+    prompts = step_problems(problems, loop, seed)
+    curve = yield from grpo.fit(run, models.trainable(student), prompts, objective, state=state, measure=measure)
+    return summary(curve, loop) | ({} if switch is None else {"kd/switch": float(switch)}), curve
+
+
+def step_problems(problems: Problems, loop: Loop, seed: int) -> list[list[Problem]]:
+    """The problems of every step."""
+    source = seeding.generator(seed, "prompts")
+    batches = rollouts.batches(len(problems.train), size=loop.prompts, steps=loop.steps, source=source)
+    return [[problems.problem(problems.train[row]) for row in rows] for rows in batches]
+
+
+def switch_step(coordinates: dict[str, Any], records: Sequence[dict[str, Any]], loop: Loop) -> int:
+    """The step at which `kd`, at else the same coordinates, stopped rising on the validation split.
+
+    That is the end of the first window whose score is not above the best before it; of the last if every window rose.
+    """
+    (record,) = (record for record in records if record["cell"] == coordinates | {"arm": "kd"})
+    scores = record["curve"]["validation/accuracy"]
+    falls = (window for window in range(1, len(scores)) if scores[window] <= max(scores[:window]))
+    return loop.window_ends[next(falls, len(scores) - 1)]
+
+
+def summary(curve: Curve, loop: Loop) -> dict[str, float]:
+    """How a run went: where it ended, how fast, how steadily. A target that is not reached counts as all steps.
+
+    Rewards, tokens and lengths are those of the texts that the run learns from: for SFT, the teacher's. `norm_peak` is
+    the largest gradient norm after the first window, over the median of the windows' means.
+    """
+    scores, rewards = curve["validation/accuracy"], curve["rollout/reward"]
+    norms, peaks = curve["optimiser/gradient_norm"], curve["optimiser/gradient_norm_max"]
+    kept = curve.get("kd/kept", [0.0])
+    ends = loop.window_ends
+    sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    tokens = [mean * size for mean, size in zip(curve["rollout/tokens"], sizes, strict=True)]
+    reached = next((index for index, score in enumerate(scores) if score >= loop.target), len(scores) - 1)
+    early = [score for score, end in zip(scores, ends, strict=True) if end <= _EARLY * loop.steps] or scores[:1]
+    return {
+        "validation/accuracy": scores[-1],
+        "validation/early": statistics.fmean(early),
+        "validation/best": max(scores),
+        "train/tokens": sum(tokens),
+        "train/steps_to_target": float(ends[reached]),
+        "train/tokens_to_target": sum(tokens[: reached + 1]),
+        "train/reward_drop": max(rewards) - rewards[-1],
+        "train/norm_peak": max(peaks[1:] or peaks) / (statistics.median(norms) or 1.0),
+        "kd/kept_change": kept[-1] - kept[0],
+    }

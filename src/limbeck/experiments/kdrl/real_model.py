@@ -1,112 +1,158 @@
 """KDRL on a pretrained model: arms by seed on one task in words, with one teacher and one weight of it.
 
-A seed fixes the prompts of every step and the random numbers of every sample, for every arm. `start` and `teacher` are
-only measured. The test split is read after the last step; it chooses nothing.
+The teacher is a larger model of the same vocabulary, or the student's copy, fine-tuned here on problems that no arm
+meets. `start` and `teacher` are only measured. The test split is read after the last step; it chooses nothing.
 
 Left out: a choice of the teacher's weight, which would cost a run each; the small comparisons have it.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
 
 from limbeck import assets, models, seeding
-from limbeck.experiments.kdrl import curves, real_models, word_problems
-from limbeck.experiments.kdrl.real_models import FURTHER, TEACHER, Bench, Steps
-from limbeck.experiments.kdrl.word_problems import Words
-from limbeck.experiments.runs import Cell, Workspace
-from limbeck.params import positive
-from limbeck.training import grpo, imitation, learner, objectives, rollouts
+from limbeck.experiments import runs
+from limbeck.experiments.kdrl import arms
+from limbeck.experiments.kdrl.arms import START, TEACHER, Loop
+from limbeck.experiments.kdrl.problems import WordParams, WordProblems, word_judge
+from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.models import language
+from limbeck.params import flat, positive
+from limbeck.training import imitation, learner, objectives, resume, rollouts
 
-_MEASURED = ("start", TEACHER)  # arms that are not trained
-_SETTINGS = ("group_size", "longest", "learning_rate", "clip_norm", "save_every", "micro_tokens")
+FURTHER = "further"
+Steps = Generator[dict[str, float], None, Result]
 
 
 @dataclass(frozen=True)
-class Params(real_models.Section):
-    """The section of params/kdrl.yaml; sources stand there. Of the seeds, the first `replicates` are used."""
+class Params:
+    """The models, the problems and the loop. Of the seeds, the first `replicates` are used.
 
+    `further_` is of a teacher called `further`. Of a model that is trained, here or in an arm, the last
+    `trained_layers` layers are; 0 stands for all parameters.
+    """
+
+    student: str
+    teacher: str
+    words: WordParams
+    loop: Loop
+    trained_layers: int
+    further_steps: int
+    further_batch: int
+    further_learning_rate: float
     arms: tuple[str, ...]
     kd_coef: float
     replicates: int
-    steps: int
-    group_size: int
-    learning_rate: float
-    micro_tokens: int
-    measure_every: int
-    target: float
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
-        super().__post_init__()
         if any(map(_switches, self.arms)) and "kd" not in self.arms:
             raise ValueError(f"received arms {self.arms}, expected kd among them: one switches where kd stops")
-        positive(steps=self.steps, replicates=self.replicates, kd_coef=self.kd_coef)
+        positive(replicates=self.replicates, kd_coef=self.kd_coef)
+        if self.teacher == FURTHER:
+            positive(further_steps=self.further_steps, further_batch=self.further_batch)
+            positive(taught_size=self.words.taught_size)
 
 
 def _switches(arm: str) -> bool:
-    return arm not in _MEASURED and objectives.arm(arm).schedule == "switch"
+    return arm not in (START, TEACHER) and objectives.arm(arm).schedule == "switch"
 
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     """The teacher, if it is trained here, then every arm by seed. Raises ValueError for too few seeds."""
     if len(seeds) < params.replicates:
         raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
-    inputs = {name: value for name, value in asdict(params).items() if name not in ("arms", "replicates")}
+    inputs = {name: value for name, value in flat(params).items() if name not in ("arms", "replicates")}
     inputs["assets"] = assets.checksums(params.student, params.teacher)
-    found = []
+    every = []
     if params.teacher == FURTHER:
-        found.append(Cell({"phase": "teacher", "arm": TEACHER, "seed": 0}, inputs, (imitation.weights_file(TEACHER),)))
+        every.append(Cell({"phase": "teacher", "arm": TEACHER, "seed": 0}, inputs, (imitation.weights_file(TEACHER),)))
     for seed in seeds[: params.replicates]:
         for arm in params.arms:
-            found.append(Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, wave=1 + _switches(arm)))
-    return sorted(found, key=lambda cell: cell.wave)
+            every.append(Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, wave=1 + _switches(arm)))
+    return sorted(every, key=lambda cell: cell.wave)
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> Steps:
-    """Train and score one cell; yields once a step."""
+def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
+    """Train and score one cell; yields once per step."""
     arm, seed = cell.coordinates["arm"], cell.coordinates["seed"]
-    with word_problems.judge(params) as judge:
-        bench = Bench(params, place, Words(params, judge))
+    with word_judge(params.words) as judge:
+        problems = WordProblems(params.words, params.student, judge, together=params.loop.prompts)
         if cell.coordinates["phase"] == "teacher":
-            return (yield from real_models.train_teacher(bench))
-        if arm not in _MEASURED:
-            return (yield from _train(arm, seed, params, bench))
-        model = bench.student() if arm != TEACHER else bench.teacher()
+            return (yield from _train_teacher(params, problems, workspace))
+        if arm not in (START, TEACHER):
+            return (yield from _train_arm(cell, params, problems, workspace))
+        load = load_student if arm == START else load_teacher
+        model = load(params, problems, workspace)
         yield {"step": 1, "steps": 1}
-        return bench.result(model, bench.data.test_scores(model, seed=seed, dtype=bench.dtype(model)))
+        dtype = _dtype(model, workspace)
+        return runs.result(problems.test_scores(model, seed=seed, dtype=dtype), dtype=dtype)
 
 
-def _train(arm: str, seed: int, params: Params, bench: Bench) -> Steps:
+def _train_arm(cell: Cell, params: Params, problems: WordProblems, workspace: Workspace) -> Steps:
     """One arm: its steps, then its scores on the test split."""
-    data, method, student = bench.data, objectives.arm(arm), bench.student()
-    own, dtype = method.texts == "own", bench.dtype(student)
-    teacher = bench.teacher() if method.asks_teacher or not own else None
-    switch = _switch(seed, params, bench.place) if _switches(arm) else None
-    options = {"steps": params.steps, "switch": switch, "measure_every": params.measure_every}
-    aim = objectives.objective(method, kd_coef=params.kd_coef, **options)
-    chosen = {name: getattr(params, name) for name in _SETTINGS}
-    settings = learner.Settings(**chosen, seed=seed, split_every=params.measure_every)
-    sampler = data.sampler(student if own else teacher, dtype)
-    scorer = teacher if method.asks_teacher else None
-    runner = learner.Run(student, sampler, data.verifier(), scorer, settings, dtype)
-    source = seeding.generator(seed, "prompts")
-    drawn = rollouts.batches(len(data.train), size=params.prompts, steps=params.steps, source=source)
-    problems = [[data.problem(data.train[row]) for row in rows] for rows in drawn]
-    weights = models.trainable(student)
-
-    def measure() -> dict[str, float]:
-        return bench.validation(student)
-
-    curve = yield from grpo.fit(runner, weights, problems, aim, state=bench.place.state, measure=measure)
-    metrics = curves.summary(curve, steps=params.steps, window=params.save_every, target=params.target)
-    metrics |= {} if switch is None else {"kd/switch": float(switch)}
-    metrics |= data.test_scores(student, seed=seed, dtype=dtype)
-    return bench.result(student, metrics, curve, weights)
+    method, seed = objectives.arm(cell.coordinates["arm"]), cell.coordinates["seed"]
+    student = load_student(params, problems, workspace)
+    needed = method.asks_teacher or method.texts != "own"
+    teacher = load_teacher(params, problems, workspace) if needed else None
+    dtype, switch = _dtype(student, workspace), None
+    if method.schedule == "switch":
+        switch = arms.switch_step(cell.coordinates, workspace.records, params.loop)
+    settings = {"kd_coef": params.kd_coef, "switch": switch, "seed": seed, "dtype": dtype, "state": workspace.state}
+    metrics, curve = yield from arms.train(method, student, teacher, problems, params.loop, **settings)
+    metrics |= problems.test_scores(student, seed=seed, dtype=dtype)
+    return runs.result(metrics, curve, weights=models.trainable(student), dtype=dtype)
 
 
-def _switch(seed: int, params: Params, place: Workspace) -> int:
-    """The step at which `kd`, of the same seed, stopped rising on the validation split."""
-    wanted = {"phase": "final", "arm": "kd", "seed": seed}
-    (record,) = (record for record in place.records if record["cell"] == wanted)
-    scores = record["curve"]["validation/accuracy"]
-    return curves.ends(params.steps, params.save_every)[curves.stopped(scores)]
+def _train_teacher(params: Params, problems: WordProblems, workspace: Workspace) -> Steps:
+    """Fine-tune a copy of the student on worked solutions; leave the weights that changed."""
+    model = load_student(params, problems, workspace)
+    examples, dtype = problems.teacher_train, _dtype(model, workspace)
+    source = seeding.generator(0, "further")
+    batches = rollouts.batches(len(examples), size=params.further_batch, steps=params.further_steps, source=source)
+    curve = yield from imitation.fit(
+        model,
+        [problems.prompt(example) for example in examples],
+        [problems.worked(example) for example in examples],
+        list(map(torch.tensor, batches)),
+        dtype=dtype,
+        learning_rate=params.further_learning_rate,
+        clip_norm=params.loop.clip_norm,
+        state=workspace.state,
+        save_every=params.loop.save_every,
+    )
+    weights = models.trainable(model)
+    resume.write_tensors(workspace.checkpoints / imitation.weights_file(TEACHER), dict(weights))
+    metrics = problems.validation_scores(model, samples=params.loop.validation_samples, dtype=dtype)
+    return runs.result(metrics, curve, weights=weights, dtype=dtype)
+
+
+def load_student(params: Params, problems: WordProblems, workspace: Workspace) -> PreTrainedModel:
+    """The student at its start, the same for every seed; what is not trained is frozen."""
+    model = _loaded(params.student, problems, workspace)
+    return language.train_last_layers(model, params.trained_layers) if params.trained_layers else model
+
+
+def load_teacher(params: Params, problems: WordProblems, workspace: Workspace) -> PreTrainedModel:
+    """The teacher. Raises ValueError if its vocabulary is not the student's."""
+    if params.teacher == FURTHER:
+        return imitation.restore(load_student(params, problems, workspace), workspace.checkpoints, TEACHER)
+    learner.require_one_vocabulary(problems.tokenizer, language.load_tokenizer(params.teacher, problems.texts))
+    return _loaded(params.teacher, problems, workspace)
+
+
+def _loaded(name: str, problems: WordProblems, workspace: Workspace) -> PreTrainedModel:
+    """A model without the rows that pad its vocabulary: no token stands for them, and sizes of Qwen2 differ there.
+
+    transformers draws new embeddings before it fills them, hence the fork.
+    """
+    model = language.load(name, problems.tokenizer, seed=0)
+    if model.config.vocab_size > len(problems.tokenizer):
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(len(problems.tokenizer))
+    return model.to(workspace.device)
+
+
+def _dtype(model: PreTrainedModel, workspace: Workspace) -> torch.dtype:
+    return models.precision(workspace.precision, width=model.config.hidden_size, where=workspace.device)
