@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from limbeck import models, sampling
 from limbeck.losses import policy
 from limbeck.sampling import Tokens
-from limbeck.training import supervised
+from limbeck.training import resume, supervised
 from limbeck.training.supervised import Curve, Terms
 
 
@@ -28,15 +28,9 @@ def fit(
     save_every: int,
 ) -> Generator[dict[str, float], None, Curve]:
     """`supervised.fit` of the model's trainable parameters on solutions, which end with the end token."""
-    return supervised.fit(
-        models.trainable(model),
-        solution_loss(model, prompts, solutions, dtype),
-        batches,
-        learning_rate=learning_rate,
-        clip_norm=clip_norm,
-        state=state,
-        save_every=save_every,
-    )
+    loss = solution_loss(model, prompts, solutions, dtype)
+    settings = {"learning_rate": learning_rate, "clip_norm": clip_norm, "state": state, "save_every": save_every}
+    return supervised.fit(models.trainable(model), loss, batches, **settings)
 
 
 def solution_loss(
@@ -58,6 +52,11 @@ def solution_loss(
 def weights_file(name: str) -> str:
     """The name of the file with a model's weights."""
     return f"{name}.safetensors"
+
+
+def save(model: PreTrainedModel, folder: Path, name: str) -> None:
+    """Leave the trainable weights, whole or not at all."""
+    resume.write_tensors(folder / weights_file(name), dict(models.trainable(model)))
 
 
 def restore(model: PreTrainedModel, folder: Path, name: str) -> PreTrainedModel:

@@ -234,7 +234,7 @@ def test_the_own_solution_is_right_once_it_ended_and_wrong_before(each):
                 continue
             assert data.score(example, (*words, data.end)) == 1.0
             assert data.score(example, words) == 0.0, "it was cut"
-            assert judge(example, problems.solution(example)) == 1.0
+            assert judge(example, data.solution(example)) == 1.0
             assert judge(example, "garbage") == 0.0
 
 
@@ -242,7 +242,7 @@ def test_a_worked_solution_is_the_tasks_own_and_ends_once(each):
     data = made(each, no_judge)
     module = chain_sum if each.task == "chain_sum" else gsm_symbolic if each.task == "gsm_symbolic" else mathematics
     for example in data.train:
-        assert problems.solution(example) == module.solution(example)
+        assert data.solution(example) == module.solution(example)
         tokens = data.worked(example)
         assert tokens.count(data.end) == 1
         assert tokens[-1] == data.end

@@ -8,14 +8,15 @@ import re
 import statistics
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from limbeck import models, seeding
+from limbeck.experiments import runs
 from limbeck.experiments.kdrl.problems import Problems
+from limbeck.experiments.runs import Result, Workspace
 from limbeck.params import positive
 from limbeck.training import grpo, learner, objectives, rollouts
 from limbeck.training.grpo import Curve
@@ -24,6 +25,7 @@ from limbeck.training.rollouts import Problem
 START, TEACHER = "start", "teacher"  # methods that are not trained
 _WRITTEN = re.compile(r"(?P<method>\w+)( (?P<kd_coef>[\d.e-]+))?( from (?P<student>\w+))?( by (?P<teacher>\w+))?")
 _EARLY = 0.25  # of the steps
+Steps = Generator[dict[str, float], None, Result]
 
 
 class WrittenArm(NamedTuple):
@@ -97,42 +99,50 @@ class Loop:
 
 
 def train(
-    method: objectives.Arm,
+    coordinates: dict[str, Any],
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     problems: Problems,
     loop: Loop,
     *,
     kd_coef: float,
-    switch: int | None,
-    seed: int,
-    dtype: torch.dtype,
-    state: Path,
-) -> Generator[dict[str, float], None, tuple[dict[str, float], Curve]]:
-    """Train the student by one method; returns its `summary` and its curve.
+    workspace: Workspace,
+) -> Steps:
+    """Train the student by the arm at these coordinates; in a final cell, then score it on the test splits.
 
     For SFT the teacher writes the texts, and scores none. A seed fixes the prompts of every step and the random numbers
-    of every sample, for every method.
+    of every sample, for every arm.
     """
-    writer = student if method.texts == "own" else teacher
-    run = learner.Run(
-        student,
-        problems.sampler(writer, dtype),
-        problems.verifier(),
-        teacher if method.asks_teacher else None,
-        loop.settings(longest=problems.params.longest, seed=seed),
-        dtype,
-    )
-    objective = objectives.objective(
-        method, kd_coef=kd_coef, steps=loop.steps, switch=switch, measure_every=loop.measure_every
-    )
+    method, seed, dtype = objectives.arm(coordinates["arm"]), coordinates["seed"], dtype_of(student, workspace)
+    switch = switch_step(coordinates, workspace.records, loop) if method.schedule == "switch" else None
+    sampler = problems.sampler(student if method.texts == "own" else teacher, dtype)
+    scorer = teacher if method.asks_teacher else None
+    settings = loop.settings(longest=problems.params.longest, seed=seed)
+    run = learner.Run(student, sampler, problems.verifier(), scorer, settings, dtype)
+    plan = {"steps": loop.steps, "switch": switch, "measure_every": loop.measure_every}
+    objective = objectives.objective(method, kd_coef=kd_coef, **plan)
 
     def measure() -> dict[str, float]:
         return problems.validation_scores(student, samples=loop.validation_samples, dtype=dtype)
 
-    prompts = step_problems(problems, loop, seed)
-    curve = yield from grpo.fit(run, models.trainable(student), prompts, objective, state=state, measure=measure)
-    return summary(curve, loop) | ({} if switch is None else {"kd/switch": float(switch)}), curve
+    weights, prompts = models.trainable(student), step_problems(problems, loop, seed)
+    curve = yield from grpo.fit(run, weights, prompts, objective, state=workspace.state, measure=measure)
+    metrics = summary(curve, loop) | ({} if switch is None else {"kd/switch": float(switch)})
+    if coordinates["phase"] == "final":
+        metrics |= problems.test_scores(student, seed=seed, dtype=dtype)
+    return runs.result(metrics, curve, weights=weights, dtype=dtype)
+
+
+def only_score(model: PreTrainedModel, problems: Problems, *, seed: int, workspace: Workspace) -> Steps:
+    """The cell of `start` or `teacher`: one step, in which nothing is trained, then the scores on the test splits."""
+    yield {"step": 1, "steps": 1}
+    dtype = dtype_of(model, workspace)
+    return runs.result(problems.test_scores(model, seed=seed, dtype=dtype), dtype=dtype)
+
+
+def dtype_of(model: PreTrainedModel, workspace: Workspace) -> torch.dtype:
+    """The dtype of the model's matrix products."""
+    return models.precision(workspace.precision, width=model.config.hidden_size, where=workspace.device)
 
 
 def step_problems(problems: Problems, loop: Loop, seed: int) -> list[list[Problem]]:

@@ -6,16 +6,15 @@ ratios). `kd_then_rl` switches where `kd`, of the same seed, stopped rising on v
 Test splits are read after the last step and choose nothing.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck import models
 from limbeck.experiments import runs
 from limbeck.experiments.kdrl import arms, starting_models
-from limbeck.experiments.kdrl.arms import START, TEACHER, Loop, WrittenArm
+from limbeck.experiments.kdrl.arms import START, TEACHER, Loop, Steps, WrittenArm
 from limbeck.experiments.kdrl.problems import Chains
-from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.params import flat, one_of
 from limbeck.training import objectives
 
@@ -63,31 +62,22 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return sorted(selection + final, key=lambda cell: cell.wave)
 
 
-def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str, float], None, Result]:
+def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     """Train and score one cell; yields once per step."""
     coordinates, problems = cell.coordinates, Chains(params.starts.chains)
-    name, seed = coordinates["arm"], coordinates["seed"]
-    folder = workspace.checkpoints.parent / "table_starts"
+    name, folder = coordinates["arm"], workspace.checkpoints.parent / "table_starts"
     student, teacher = (
         starting_models.trained(params.starts, problems, folder, coordinates[role]).to(workspace.device)
         for role in ("student", "teacher")
     )
-    dtype = models.precision(workspace.precision, width=student.config.hidden_size, where=workspace.device)
     if name in (START, TEACHER):
-        yield {"step": 1, "steps": 1}
         model = student if name == START else teacher
-        return runs.result(problems.test_scores(model, seed=seed, dtype=dtype), dtype=dtype)
-    method = objectives.arm(name)
+        return (yield from arms.only_score(model, problems, seed=coordinates["seed"], workspace=workspace))
     kd_coef = coefficient(coordinates, workspace.records)
-    switch = None
-    if method.schedule == "switch":
-        switch = arms.switch_step(coordinates, workspace.records, params.loop)
-    settings = {"kd_coef": kd_coef, "switch": switch, "seed": seed, "dtype": dtype, "state": workspace.state}
-    metrics, curve = yield from arms.train(method, student, teacher, problems, params.loop, **settings)
-    metrics["kd/coefficient"] = kd_coef
-    if coordinates["phase"] == "final":
-        metrics |= problems.test_scores(student, seed=seed, dtype=dtype)
-    return runs.result(metrics, curve, weights=models.trainable(student), dtype=dtype)
+    settings = {"kd_coef": kd_coef, "workspace": workspace}
+    result = yield from arms.train(coordinates, student, teacher, problems, params.loop, **settings)
+    result.metrics["kd/coefficient"] = kd_coef
+    return result
 
 
 def coefficient(coordinates: dict[str, Any], records: Sequence[dict[str, Any]]) -> float:

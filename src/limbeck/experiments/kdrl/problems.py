@@ -27,7 +27,7 @@ from limbeck.vllm_sampling import VllmSampled
 Example = chain_sum.Example | gsm_symbolic.Example | mathematics.Example
 Judge = Callable[[Example, str], float]
 FAMILIES = ("in_domain", "longer", "larger")
-MATHEMATICS = "math/"
+TASKS, MATHEMATICS = {"chain_sum": chain_sum, "gsm_symbolic": gsm_symbolic}, "math/"
 _COLD = 1e-3  # a temperature at which all but a tie takes the most probable token
 
 
@@ -95,7 +95,7 @@ class WordParams:
 
     def __post_init__(self) -> None:
         if not self.task.startswith(MATHEMATICS):
-            one_of("task", self.task, ("chain_sum", "gsm_symbolic", f"{MATHEMATICS}<data set>"))
+            one_of("task", self.task, (*TASKS, f"{MATHEMATICS}<data set>"))
         one_of("sampler", self.sampler, ("transformers", "vllm"))
         for name, value in (("terms", self.terms), ("digits", self.digits), ("columns", self.columns)):
             if len(value) != 2:
@@ -249,7 +249,8 @@ class WordProblems(Problems):
         sizes = [params.taught_size, params.train_size, params.validation_size, params.test_size]
         splits = classification.draw(_word_examples(params, sum(sizes)), sizes, seed=params.data_seed)
         self.teacher_train, self.train, self.validation, test = splits
-        self.texts = [text for e in self.teacher_train + self.train for text in (e.question, solution(e))]
+        self.solution = TASKS.get(params.task, mathematics).solution
+        self.texts = [text for e in self.teacher_train + self.train for text in (e.question, self.solution(e))]
         super().__init__(params, language.load_tokenizer(model, self.texts), judge)
         self.tests, self.temperature, self.together = {"test": test}, params.temperature, together
         if params.chat and self.tokenizer.chat_template is None:
@@ -270,7 +271,7 @@ class WordProblems(Problems):
 
     def worked(self, example: Example) -> Tokens:
         """The task's own solution, with the end token."""
-        return (*self.tokenizer(solution(example), add_special_tokens=False)["input_ids"], self.end)
+        return (*self.tokenizer(self.solution(example), add_special_tokens=False)["input_ids"], self.end)
 
 
 @contextlib.contextmanager
@@ -283,12 +284,6 @@ def word_judge(params: WordParams) -> Iterator[Judge]:
     else:
         with Isolated(mathematics.reward, limit=params.verify_limit) as verify:
             yield lambda example, text: verify(example.gold, text)
-
-
-def solution(example: Example) -> str:
-    """A problem's worked solution, by its task: what a teacher learns from."""
-    tasks = {chain_sum.Example: chain_sum, gsm_symbolic.Example: gsm_symbolic, mathematics.Example: mathematics}
-    return tasks[type(example)].solution(example)
 
 
 def _word_examples(params: WordParams, count: int) -> Sequence[Example]:

@@ -6,7 +6,7 @@ meets. `start` and `teacher` are only measured. The test split is read after the
 Left out: a choice of the teacher's weight, which would cost a run each; the small comparisons have it.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +15,14 @@ from transformers import PreTrainedModel
 from limbeck import assets, models, seeding
 from limbeck.experiments import runs
 from limbeck.experiments.kdrl import arms
-from limbeck.experiments.kdrl.arms import START, TEACHER, Loop
+from limbeck.experiments.kdrl.arms import START, TEACHER, Loop, Steps
 from limbeck.experiments.kdrl.problems import WordParams, WordProblems, word_judge
-from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.experiments.runs import Cell, Workspace
 from limbeck.models import language
 from limbeck.params import flat, positive
-from limbeck.training import imitation, learner, objectives, resume, rollouts
+from limbeck.training import imitation, learner, objectives, rollouts
 
 FURTHER = "further"
-Steps = Generator[dict[str, float], None, Result]
 
 
 @dataclass(frozen=True)
@@ -76,56 +75,34 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
 
 def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     """Train and score one cell; yields once per step."""
-    arm, seed = cell.coordinates["arm"], cell.coordinates["seed"]
+    arm = cell.coordinates["arm"]
     with word_judge(params.words) as judge:
         problems = WordProblems(params.words, params.student, judge, together=params.loop.prompts)
         if cell.coordinates["phase"] == "teacher":
             return (yield from _train_teacher(params, problems, workspace))
-        if arm not in (START, TEACHER):
-            return (yield from _train_arm(cell, params, problems, workspace))
-        load = load_student if arm == START else load_teacher
-        model = load(params, problems, workspace)
-        yield {"step": 1, "steps": 1}
-        dtype = _dtype(model, workspace)
-        return runs.result(problems.test_scores(model, seed=seed, dtype=dtype), dtype=dtype)
-
-
-def _train_arm(cell: Cell, params: Params, problems: WordProblems, workspace: Workspace) -> Steps:
-    """One arm: its steps, then its scores on the test split."""
-    method, seed = objectives.arm(cell.coordinates["arm"]), cell.coordinates["seed"]
-    student = load_student(params, problems, workspace)
-    needed = method.asks_teacher or method.texts != "own"
-    teacher = load_teacher(params, problems, workspace) if needed else None
-    dtype, switch = _dtype(student, workspace), None
-    if method.schedule == "switch":
-        switch = arms.switch_step(cell.coordinates, workspace.records, params.loop)
-    settings = {"kd_coef": params.kd_coef, "switch": switch, "seed": seed, "dtype": dtype, "state": workspace.state}
-    metrics, curve = yield from arms.train(method, student, teacher, problems, params.loop, **settings)
-    metrics |= problems.test_scores(student, seed=seed, dtype=dtype)
-    return runs.result(metrics, curve, weights=models.trainable(student), dtype=dtype)
+        if arm in (START, TEACHER):
+            model = (load_student if arm == START else load_teacher)(params, problems, workspace)
+            return (yield from arms.only_score(model, problems, seed=cell.coordinates["seed"], workspace=workspace))
+        method, student = objectives.arm(arm), load_student(params, problems, workspace)
+        needed = method.asks_teacher or method.texts != "own"
+        teacher = load_teacher(params, problems, workspace) if needed else None
+        settings = {"kd_coef": params.kd_coef, "workspace": workspace}
+        return (yield from arms.train(cell.coordinates, student, teacher, problems, params.loop, **settings))
 
 
 def _train_teacher(params: Params, problems: WordProblems, workspace: Workspace) -> Steps:
     """Fine-tune a copy of the student on worked solutions; leave the weights that changed."""
     model = load_student(params, problems, workspace)
-    examples, dtype = problems.teacher_train, _dtype(model, workspace)
+    examples, dtype = problems.teacher_train, arms.dtype_of(model, workspace)
     source = seeding.generator(0, "further")
-    batches = rollouts.batches(len(examples), size=params.further_batch, steps=params.further_steps, source=source)
-    curve = yield from imitation.fit(
-        model,
-        [problems.prompt(example) for example in examples],
-        [problems.worked(example) for example in examples],
-        list(map(torch.tensor, batches)),
-        dtype=dtype,
-        learning_rate=params.further_learning_rate,
-        clip_norm=params.loop.clip_norm,
-        state=workspace.state,
-        save_every=params.loop.save_every,
-    )
-    weights = models.trainable(model)
-    resume.write_tensors(workspace.checkpoints / imitation.weights_file(TEACHER), dict(weights))
+    rows = rollouts.batches(len(examples), size=params.further_batch, steps=params.further_steps, source=source)
+    prompts, solutions = map(problems.prompt, examples), map(problems.worked, examples)
+    settings = {"learning_rate": params.further_learning_rate, "clip_norm": params.loop.clip_norm}
+    settings |= {"dtype": dtype, "state": workspace.state, "save_every": params.loop.save_every}
+    curve = yield from imitation.fit(model, list(prompts), list(solutions), list(map(torch.tensor, rows)), **settings)
+    imitation.save(model, workspace.checkpoints, TEACHER)
     metrics = problems.validation_scores(model, samples=params.loop.validation_samples, dtype=dtype)
-    return runs.result(metrics, curve, weights=weights, dtype=dtype)
+    return runs.result(metrics, curve, weights=models.trainable(model), dtype=dtype)
 
 
 def load_student(params: Params, problems: WordProblems, workspace: Workspace) -> PreTrainedModel:
@@ -152,7 +129,3 @@ def _loaded(name: str, problems: WordProblems, workspace: Workspace) -> PreTrain
         with torch.random.fork_rng(devices=[]):
             model.resize_token_embeddings(len(problems.tokenizer))
     return model.to(workspace.device)
-
-
-def _dtype(model: PreTrainedModel, workspace: Workspace) -> torch.dtype:
-    return models.precision(workspace.precision, width=model.config.hidden_size, where=workspace.device)

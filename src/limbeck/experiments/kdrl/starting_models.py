@@ -21,7 +21,7 @@ from limbeck.models import language
 from limbeck.params import flat, one_of, positive
 from limbeck.sampling import Tokens
 from limbeck.tasks import chain_sum
-from limbeck.training import imitation, resume
+from limbeck.training import imitation
 
 _NOTHING = "nothing"
 _BUCKETS = 16  # batches that are drawn together, so that each holds chains of like length
@@ -72,28 +72,19 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str,
     """Train one model on worked solutions, leave its weights, and score it."""
     index, problems = params.names.index(cell.coordinates["arm"]), Chains(params.chains)
     seed, begin = params.start_seeds[index], params.begins[index]
-    if begin == _NOTHING:
-        model = drawn(params, problems, seed)
-    else:
-        model = trained(params, problems, workspace.checkpoints, begin)
+    untrained = begin == _NOTHING
+    model = drawn(params, problems, seed) if untrained else trained(params, problems, workspace.checkpoints, begin)
     model = model.to(workspace.device)
     dtype = models.precision(workspace.precision, width=model.config.hidden_size, where=workspace.device)
     prompts, solutions = worked(params, problems, index)
     lengths = torch.tensor([len(x) + len(y) for x, y in zip(prompts, solutions, strict=True)])
-    curve = yield from imitation.fit(
-        model,
-        prompts,
-        solutions,
-        batches(lengths, size=params.start_batch, steps=params.start_steps[index], seed=seed),
-        dtype=dtype,
-        learning_rate=params.rates[index],
-        clip_norm=params.start_clip_norm,
-        state=workspace.state,
-        save_every=params.start_save_every,
-    )
-    metrics, weights = problems.test_scores(model, seed=0, dtype=dtype), models.trainable(model)
-    resume.write_tensors(workspace.checkpoints / cell.checkpoint_files[0], dict(weights))
-    return runs.result(metrics, curve, weights=weights, dtype=dtype)
+    rows = batches(lengths, size=params.start_batch, steps=params.start_steps[index], seed=seed)
+    settings = {"learning_rate": params.rates[index], "clip_norm": params.start_clip_norm}
+    settings |= {"dtype": dtype, "state": workspace.state, "save_every": params.start_save_every}
+    curve = yield from imitation.fit(model, prompts, solutions, rows, **settings)
+    metrics = problems.test_scores(model, seed=0, dtype=dtype)
+    imitation.save(model, workspace.checkpoints, cell.coordinates["arm"])
+    return runs.result(metrics, curve, weights=models.trainable(model), dtype=dtype)
 
 
 def trained(params: Params, problems: Chains, folder: Path, name: str) -> PreTrainedModel:
