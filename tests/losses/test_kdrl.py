@@ -15,9 +15,13 @@ def teacher_of(now, seed=7):
     return -3 * torch.rand(now.shape, generator=source, dtype=torch.float64).to(now.dtype)
 
 
-def joint(now, old, advantages, mask, teacher, *, kind="k2", **options):
+def joint(now, old, advantages, mask, teacher, *, kind="k2", keep=None, denominator="all", kd_coef, **normaliser):
+    """The sum of the joint loss's terms."""
     kd = kdrl.kd_per_token(kind, now, old, teacher, mask=mask)
-    return kdrl.kdrl_loss(now, old, advantages, kd, mask=mask, **options)
+    weights = policy.token_weights(mask, **normaliser)
+    shares = kdrl.kd_weights(mask, keep, denominator=denominator, **normaliser)
+    options = {"mask": mask, "kd_coef": kd_coef, "weights": weights, "teacher_weights": shares}
+    return sum(kdrl.kdrl_loss(now, old, advantages, kd, **options).values())
 
 
 @pytest.mark.parametrize("options", [{}, {"normalise": "sequence"}, {"normalise": "constant", "longest": 7}])
@@ -41,7 +45,8 @@ def test_the_gradient_agrees_with_finite_differences(kind):
 
     def loss(x):
         kd = estimates.kl_estimate(kind, x, teacher)
-        return kdrl.kdrl_loss(x, old, advantages, kd, mask=mask, kd_coef=0.7, keep=KEEP)
+        options = {"mask": mask, "kd_coef": 0.7, "teacher_weights": kdrl.kd_weights(mask, KEEP)}
+        return sum(kdrl.kdrl_loss(x, old, advantages, kd, **options).values())
 
     joined = joint(now, old, advantages, mask, teacher, kind=kind, kd_coef=0.7, keep=KEEP)
     found, expected = (torch.autograd.grad(x, now)[0] for x in (joined, loss(now)))
@@ -91,6 +96,25 @@ def test_without_rewards_it_is_distillation_alone_and_groups_of_equal_rewards_st
     assert found[mask].all()
 
 
+def test_a_term_that_nothing_speaks_for_is_missing_and_the_other_is_as_in_the_sum():
+    now, old, advantages, mask = batch()
+    kd = kdrl.kd_per_token("k2", now, old, teacher_of(now), mask=mask)
+    both = kdrl.kdrl_loss(now, old, advantages, kd, mask=mask, kd_coef=0.7)
+    assert list(both) == ["policy", "kd"]
+    for name, missing in (
+        ("policy", (advantages, None, 0.7)),
+        ("policy", (advantages, kd, 0.0)),
+        ("kd", (None, kd, 0.7)),
+    ):
+        *arguments, kd_coef = missing
+        alone = kdrl.kdrl_loss(now, old, *arguments, mask=mask, kd_coef=kd_coef)
+        assert list(alone) == [name]
+        assert torch.equal(alone[name], both[name])
+    for arguments, kd_coef in (((None, None), 0.7), ((None, kd), 0.0)):
+        with pytest.raises(ValueError, match=f"received no advantages and kd_coef {kd_coef}, expected advantages, or"):
+            kdrl.kdrl_loss(now, old, *arguments, mask=mask, kd_coef=kd_coef)
+
+
 def test_where_student_and_teacher_agree_the_joint_loss_is_grpo():
     now, old, advantages, mask = batch()
     for kind in ("k2", "k3"):
@@ -108,7 +132,7 @@ def test_any_divergence_per_token_can_be_the_teachers_term():
         torch.randn(4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (1, 2)
     )
     kd = divergence.reverse_kl_per_token(student, teacher)
-    found = kdrl.kdrl_loss(now, old, advantages, kd, mask=mask, kd_coef=0.5)
+    found = sum(kdrl.kdrl_loss(now, old, advantages, kd, mask=mask, kd_coef=0.5).values())
     expected = policy.grpo_loss(now, old, advantages, mask=mask) + 0.5 * divergence.reverse_kl(
         student, teacher, mask=mask
     )
@@ -136,13 +160,13 @@ def test_micro_batches_sum_to_the_gradient_of_the_whole_batch(denominator, split
     expected = torch.autograd.grad(
         joint(now, old, advantages, mask, teacher, kd_coef=0.7, keep=KEEP, denominator=denominator), now
     )
-    weights, kd_weights = policy.token_weights(mask), kdrl.kd_weights(mask, KEEP, denominator=denominator)
+    weights, shares = policy.token_weights(mask), kdrl.kd_weights(mask, KEEP, denominator=denominator)
     total = 0
     for rows in torch.arange(4).split(split):
-        gain = policy.surrogate_per_token(now[rows], old[rows], advantages[rows], mask=mask[rows])
         kd = kdrl.kd_per_token("k2", now[rows], old[rows], teacher[rows], mask=mask[rows])
-        loss = policy.weighted_sum(gain, weights[rows]) + 0.7 * policy.weighted_sum(kd, kd_weights[rows])
-        total = total + torch.autograd.grad(loss, now)[0]
+        options = {"mask": mask[rows], "weights": weights[rows], "teacher_weights": shares[rows]}
+        terms = kdrl.kdrl_loss(now[rows], old[rows], advantages[rows], kd, kd_coef=0.7, **options)
+        total = total + torch.autograd.grad(sum(terms.values()), now)[0]
     torch.testing.assert_close(total, *expected, atol=1e-12, rtol=0)
 
 

@@ -105,7 +105,7 @@ def plainly(run, rollout):
     now, teacher = (torch.nn.utils.rnn.pad_sequence(half, batch_first=True) for half in (rows[:count], rows[count:]))
     advantages = policy.group_advantages(rollout.rewards).flatten()
     kd = kdrl.kd_per_token("k2", now, now.detach(), teacher, mask=rollout.mask)
-    return kdrl.kdrl_loss(now, now.detach(), advantages, kd, mask=rollout.mask, kd_coef=KD)
+    return sum(kdrl.kdrl_loss(now, now.detach(), advantages, kd, mask=rollout.mask, kd_coef=KD).values())
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 30, 1000])

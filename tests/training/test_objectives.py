@@ -67,7 +67,7 @@ def aimed(name, on, *, step=0, **options):
     arm = objectives.arm(name)
     if arm.schedule == "switch":
         options = {"switch": SWITCH} | options
-    return objectives.of(arm, **{"kd_coef": COEF, "steps": STEPS} | options)(step, on.rollout)
+    return objectives.objective(arm, **{"kd_coef": COEF, "steps": STEPS} | options)(step, on.rollout)
 
 
 def stepped(name, on, *, cut=(ALL,), **options):
@@ -174,7 +174,7 @@ def test_every_arm_is_its_loss_token_by_token_however_the_rows_are_cut(name, cut
 
 @pytest.mark.parametrize("name", objectives.ARMS)
 def test_the_terms_of_an_arm_are_named_by_who_teaches(name):
-    found = set(stepped(name, case() if objectives.arm(name).taught else untaught(case())).terms)
+    found = set(stepped(name, case() if objectives.arm(name).asks_teacher else untaught(case())).terms)
     teacher, reward = {"loss/kd", "policy/reverse_kl"}, {"loss/policy"}
     alone = {"sft": {"loss/sft"}, "rejection": {"loss/sft"}, "grpo": reward, "kd": teacher, "kd_then_rl": teacher}
     alone |= {key: {"loss/policy", "policy/reverse_kl"} for key in ("pre", "mean", "post")}
@@ -341,7 +341,7 @@ def test_the_reverse_kl_is_measured_every_few_steps_and_elsewhere_the_teacher_is
 @pytest.mark.parametrize("name", ["grpo", "sft", "rejection"])
 def test_an_arm_without_a_teacher_needs_none_and_logs_nothing_of_it(name):
     on = case()
-    assert not objectives.arm(name).taught
+    assert not objectives.arm(name).asks_teacher
     found = stepped(name, untaught(on))
     assert found.logged == {}
     assert torch.equal(found.gradient, stepped(name, on).gradient)
@@ -392,7 +392,7 @@ def test_after_the_switch_the_teacher_is_still_measured_and_teaches_nothing():
 def test_a_step_without_a_switch_or_a_switch_without_its_step_is_refused():
     for name, switch in (("kd_then_rl", None), ("kdrl", 3), ("kd", 0)):
         with pytest.raises(ValueError, match=f"received switch={switch} with schedule='.*', expected it with 'switch'"):
-            objectives.of(objectives.arm(name), kd_coef=COEF, steps=STEPS, switch=switch)
+            objectives.objective(objectives.arm(name), kd_coef=COEF, steps=STEPS, switch=switch)
 
 
 @pytest.mark.parametrize("name", ["dpo", "raw_student", "raw_student_2x", "raw_policy_2", "top_2", ""])

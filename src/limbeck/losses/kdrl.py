@@ -90,35 +90,39 @@ def kd_weights(
 def kdrl_loss(
     logprobs: Float[Tensor, "batch time"],
     old_logprobs: Float[Tensor, "batch time"],
-    advantages: Float[Tensor, " batch"],
-    kd: Float[Tensor, "batch time"],
+    advantages: Float[Tensor, " batch"] | Float[Tensor, "batch time"] | None,
+    kd: Float[Tensor, "batch time"] | None,
     *,
     mask: Bool[Tensor, "batch time"],
     kd_coef: float,
-    keep: Bool[Tensor, " batch"] | None = None,
-    denominator: str = "all",
+    weights: Float[Tensor, "batch time"] | None = None,
+    teacher_weights: Float[Tensor, "batch time"] | None = None,
     clip_eps: float | None = None,
-    normalise: str = "token",
-    longest: int | None = None,
-) -> Float[Tensor, ""]:
-    """The joint loss: GRPO's, and kd_coef times the teacher's term.
+) -> dict[str, Float[Tensor, ""]]:
+    """The joint loss as its two terms, whose sum it is: `policy`, GRPO's, and `kd`, kd_coef times the teacher's.
 
-    -(1 / N) sum_it rho_it A_i + kd_coef (1 / N) sum_it M_i kd_it (KDRL, equation 8, and its masks).
+    -sum_it w_it rho_it A_i + kd_coef sum_it v_it kd_it (KDRL, equation 8, and its masks).
 
     `kd` is any per-token divergence: `kd_per_token` (k2 in the paper), `divergence.reverse_kl_per_token`, a top-K one.
-    kd_coef = 0 is GRPO to the bit; advantages of 0 leave on-policy distillation. Groups of equal rewards, whose
-    advantages are 0, still learn from the teacher.
+    The weights are 1 / N if they are not given; `kd_weights` gives masks. Of a micro-batch they are its rows of the
+    whole batch's, and terms are added up. Without advantages, or without `kd` or at kd_coef = 0, that term is missing:
+    distillation alone, or GRPO to the bit. Groups of equal rewards, whose advantages are 0, learn from the teacher.
     Units: kd_coef is advantage per nat. Gradient: to logprobs and through kd.
-    Raises ValueError for kd_coef < 0, wrong options, or a loss that is not finite.
+    Raises ValueError for kd_coef < 0, nothing to learn from, wrong options, or a term that is not finite.
     """
     if not kd_coef >= 0:
         raise ValueError(f"received kd_coef {kd_coef}, expected kd_coef >= 0")
-    options = {"normalise": normalise, "longest": longest}
-    loss = policy.grpo_loss(logprobs, old_logprobs, advantages, mask=mask, clip_eps=clip_eps, **options)
-    if kd_coef == 0:
-        return loss
-    weights = kd_weights(mask, keep, denominator=denominator, **options)
-    return loss + kd_coef * policy.weighted_sum(policy.masked(kd, mask), weights)
+    terms = {}
+    weights = policy.token_weights(mask) if weights is None else weights
+    if advantages is not None:
+        gain = policy.surrogate_per_token(logprobs, old_logprobs, advantages, mask=mask, clip_eps=clip_eps)
+        terms["policy"] = policy.weighted_sum(gain, weights)
+    if kd is not None and kd_coef:
+        shares = weights if teacher_weights is None else teacher_weights
+        terms["kd"] = kd_coef * policy.weighted_sum(policy.masked(kd, mask), shares)
+    if not terms:
+        raise ValueError(f"received no advantages and kd_coef {kd_coef}, expected advantages, or a teacher's term")
+    return terms
 
 
 def shaped_advantages(
@@ -146,7 +150,7 @@ def shaped_advantages(
     log_ratios, options = log_ratios.detach().masked_fill(~mask, 0), {"scale": scale, "counted": counted}
     if placement == "post":
         return policy.group_advantages(rewards, **options)[..., None] * mask + kd_coef * log_ratios
-    said = log_ratios.sum(-1)
+    teacher_rewards = log_ratios.sum(-1)
     if placement == "mean":
-        said = said / mask.sum(-1).clamp_min(1)
-    return policy.group_advantages(rewards + kd_coef * said, **options)[..., None] * mask
+        teacher_rewards = teacher_rewards / mask.sum(-1).clamp_min(1)
+    return policy.group_advantages(rewards + kd_coef * teacher_rewards, **options)[..., None] * mask

@@ -1,7 +1,7 @@
 """What an arm minimises at a step: GRPO, distillation on the policy's own completions, both, or the teacher's texts.
 
-An arm is wiring of `losses`; KDRL's variants differ in a field each. Whoever writes the completions is the run's
-sampler: the policy, or for SFT the teacher.
+An arm is wiring of `losses`, of `kdrl_loss` but for SFT; KDRL's variants differ in a field each. Whoever writes the
+completions is the run's sampler: the policy, or for SFT the teacher. `arm` and `objective` are the way in.
 """
 
 import re
@@ -37,9 +37,14 @@ class Arm:
     denominator: str = "all"
 
     @property
-    def taught(self) -> bool:
+    def asks_teacher(self) -> bool:
         """Whether the teacher scores the policy's completions."""
         return self.kd is not None
+
+    @property
+    def weighs_teacher(self) -> bool:
+        """Whether it weighs the teacher against the reward at a constant or annealed weight."""
+        return self.reward and self.asks_teacher and self.schedule != "switch"
 
 
 ARMS = {
@@ -71,7 +76,9 @@ def arm(name: str) -> Arm:
     return ARMS[name]
 
 
-def of(method: Arm, *, kd_coef: float, steps: int, switch: int | None = None, measure_every: int = 10) -> Objective:
+def objective(
+    method: Arm, *, kd_coef: float, steps: int, switch: int | None = None, measure_every: int = 10
+) -> Objective:
     """The objective of an arm for a run of `steps` steps.
 
     `kd_coef` is the weight of the teacher: the constant one, from which the annealed one follows by the paper's ratios
@@ -83,14 +90,14 @@ def of(method: Arm, *, kd_coef: float, steps: int, switch: int | None = None, me
     if (method.schedule == "switch") != (switch is not None):
         raise ValueError(f"received switch={switch} with schedule={method.schedule!r}, expected it with 'switch' alone")
 
-    def objective(step: int, rollout: Rollout) -> tuple[Callable[[Scores], Terms], Metrics]:
-        now = method
+    def at_step(step: int, rollout: Rollout) -> tuple[Callable[[Scores], Terms], Metrics]:
+        current = method
         if switch is not None:
-            now = ARMS["kd"] if step < switch else ARMS["grpo"]
-        coef = _coefficient(now, kd_coef, step, steps)
-        return _at(now, coef, rollout, measured=step % measure_every == 0)
+            current = ARMS["kd"] if step < switch else ARMS["grpo"]
+        coef = _coefficient(current, kd_coef, step, steps)
+        return _step_objective(current, coef, rollout, measured=step % measure_every == 0)
 
-    return objective
+    return at_step
 
 
 def _coefficient(method: Arm, kd_coef: float, step: int, steps: int) -> float:
@@ -106,49 +113,68 @@ def _coefficient(method: Arm, kd_coef: float, step: int, steps: int) -> float:
     return kdrl.kd_schedule(step, initial=initial, decay=decay, floor=floor)
 
 
-def _at(method: Arm, coef: float, rollout: Rollout, *, measured: bool) -> tuple[Callable[[Scores], Terms], Metrics]:
+def _step_objective(
+    method: Arm, coef: float, rollout: Rollout, *, measured: bool
+) -> tuple[Callable[[Scores], Terms], Metrics]:
     """The terms of some rows of this rollout, and what is known before any gradient."""
     weights = policy.token_weights(rollout.mask)
     advantages = _advantages(method, coef, rollout)
     keep = kdrl.kd_mask(rollout.correct, method.level).flatten()
-    shares = kdrl.kd_weights(rollout.mask, keep, denominator=method.denominator)
-    right = kdrl.kd_weights(rollout.mask, rollout.correct.flatten(), denominator="kept")
+    teacher_weights = kdrl.kd_weights(rollout.mask, keep, denominator=method.denominator)
+    text_weights = _text_weights(method, rollout)
 
     def terms(scores: Scores) -> Terms:
-        rows, mask, found = scores.rows, scores.mask, {}
-        if method.texts != "own":
-            of_texts = weights if method.texts == "all" else right
-            return {"loss/sft": -policy.weighted_sum(scores.logprobs, of_texts[rows]), **_entropy(scores, weights)}
-        if advantages is not None:
-            gain = policy.surrogate_per_token(scores.logprobs, rollout.old_logprobs[rows], advantages[rows], mask=mask)
-            found["loss/policy"] = policy.weighted_sum(gain, weights[rows])
-        if coef and method.kd not in kdrl.PLACEMENTS:
-            found["loss/kd"] = coef * policy.weighted_sum(_kd(method.kd, rollout, scores), shares[rows])
+        rows = scores.rows
+        entropy = {"policy/entropy": policy.weighted_sum(scores.restored(_entropies(scores.logits)), weights[rows])}
+        if text_weights is not None:
+            return {"loss/sft": -policy.weighted_sum(scores.logprobs, text_weights[rows])} | entropy
+        losses = kdrl.kdrl_loss(
+            scores.logprobs,
+            rollout.old_logprobs[rows],
+            None if advantages is None else advantages[rows],
+            _teachers_term(method.kd, rollout, scores) if coef and method.kd not in kdrl.PLACEMENTS else None,
+            mask=scores.mask,
+            kd_coef=coef,
+            weights=weights[rows],
+            teacher_weights=teacher_weights[rows],
+        )
+        measures = {}
         if rollout.teacher_logprobs is not None and measured:
             exact = scores.restored(divergence.reverse_kl_per_token(scores.logits, scores.teacher_logits()))
-            found["policy/reverse_kl"] = policy.weighted_sum(exact.detach(), weights[rows])
-        return found | _entropy(scores, weights)
+            measures = {"policy/reverse_kl": policy.weighted_sum(exact.detach(), weights[rows])}
+        return {f"loss/{name}": term for name, term in losses.items()} | measures | entropy
 
-    return terms, _known(method, coef, rollout, keep, shares)
+    return terms, _teacher_metrics(method, coef, rollout, keep, advantages)
+
+
+def _text_weights(method: Arm, rollout: Rollout) -> Tensor | None:
+    """How much each token of the teacher's texts weighs in SFT's loss; None where the policy wrote them."""
+    if method.texts == "own":
+        return None
+    if method.texts == "all":
+        return policy.token_weights(rollout.mask)
+    return kdrl.kd_weights(rollout.mask, rollout.correct.flatten(), denominator="kept")
 
 
 def _advantages(method: Arm, coef: float, rollout: Rollout) -> Tensor | None:
-    """One number a completion, or one a token where the teacher stands in the reward; None without a reward."""
+    """One number per completion, or one per token where the teacher stands in the reward; None without a reward."""
     if not method.reward:
         return None
     judged = rollout.rewards.isfinite()
     if method.kd not in kdrl.PLACEMENTS:
         return policy.group_advantages(rollout.rewards, counted=judged).flatten()
     groups = (*rollout.rewards.shape, -1)
-    ratios, mask = (x.reshape(groups) for x in (rollout.teacher_logprobs - rollout.old_logprobs, rollout.mask))
-    options = {"kd_coef": coef, "placement": method.kd, "counted": judged}
-    return kdrl.shaped_advantages(rollout.rewards, ratios, mask=mask, **options).flatten(0, 1)
+    ratios = (rollout.teacher_logprobs - rollout.old_logprobs).reshape(groups)
+    mask = rollout.mask.reshape(groups)
+    return kdrl.shaped_advantages(
+        rollout.rewards, ratios, mask=mask, kd_coef=coef, placement=method.kd, counted=judged
+    ).flatten(0, 1)
 
 
-def _kd(kind: str, rollout: Rollout, scores: Scores) -> Tensor:
-    """The teacher's term of each token."""
+def _teachers_term(kind: str, rollout: Rollout, scores: Scores) -> Tensor:
+    """The divergence from the teacher at each token."""
     if kind in estimates.KINDS:
-        old, teacher = (x[scores.rows] for x in (rollout.old_logprobs, rollout.teacher_logprobs))
+        old, teacher = rollout.old_logprobs[scores.rows], rollout.teacher_logprobs[scores.rows]
         return kdrl.kd_per_token(kind, scores.logprobs, old, teacher, mask=scores.mask)
     if kind == "exact":
         return scores.restored(divergence.reverse_kl_per_token(scores.logits, scores.teacher_logits()))
@@ -157,37 +183,34 @@ def _kd(kind: str, rollout: Rollout, scores: Scores) -> Tensor:
     return scores.restored(estimates.top_k_reverse_kl_per_token(scores.logits, scores.teacher_logits(), **options))
 
 
-def _entropy(scores: Scores, weights: Tensor) -> Terms:
-    """The mean entropy of the policy's next token, in nats, on the texts it learns from; measured, without gradient."""
-    logprobs = scores.logits.detach().log_softmax(-1)
-    return {
-        "policy/entropy": policy.weighted_sum(
-            scores.restored(-(logprobs.exp() * logprobs).sum(-1)), weights[scores.rows]
-        )
-    }
+def _entropies(logits: Tensor) -> Tensor:
+    """The entropy of each next token in nats; measured, without gradient."""
+    logprobs = logits.detach().log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def _quantiles(sizes: Tensor) -> Metrics:
-    """By numpy, since torch refuses more than 2^24 values."""
-    high = np.quantile(sizes.cpu().numpy(), (0.95, 0.99))
-    return {"kd/size_95": float(high[0]), "kd/size_99": float(high[1])}
+def _teacher_metrics(method: Arm, coef: float, rollout: Rollout, keep: Tensor, advantages: Tensor | None) -> Metrics:
+    """Of the teacher: its weight, whom it teaches, its log-ratio R, and how often, in k2, R turns an advantage.
 
-
-def _known(method: Arm, coef: float, rollout: Rollout, keep: Tensor, shares: Tensor) -> Metrics:
-    """Of the teacher: its weight, whom it teaches, its log-ratio R, and how often, in k2, R turns an advantage."""
+    Quantiles are numpy's, since torch refuses more than 2^24 values.
+    """
     if rollout.teacher_logprobs is None:
         return {}
-    ratios = (rollout.teacher_logprobs - rollout.old_logprobs)[rollout.mask].double()
+    mask = rollout.mask
+    ratios = (rollout.teacher_logprobs - rollout.old_logprobs)[mask].double()
     sizes = ratios.abs()
-    found = {
+    high = np.quantile(sizes.cpu().numpy(), (0.95, 0.99))
+    metrics = {
         "kd/coefficient": coef,
         "kd/kept": keep.double().mean().item(),
         "kd/k1": -ratios.mean().item(),
         "kd/size": sizes.mean().item(),
-        **_quantiles(sizes),
+        "kd/size_95": float(high[0]),
+        "kd/size_99": float(high[1]),
     }
     if method.reward and method.kd == "k2":
-        advantages = _advantages(method, coef, rollout)[:, None].expand_as(rollout.mask)[rollout.mask].double()
-        together = policy.token_weights(rollout.mask)[rollout.mask] * advantages + coef * shares[rollout.mask] * ratios
-        found["kd/flipped"] = (advantages * together < 0).double().mean().item()
-    return found
+        each = advantages[:, None].expand_as(mask)[mask].double()
+        teacher_weights = kdrl.kd_weights(mask, keep, denominator=method.denominator)[mask]
+        together = policy.token_weights(mask)[mask] * each + coef * teacher_weights * ratios
+        metrics["kd/flipped"] = (each * together < 0).double().mean().item()
+    return metrics

@@ -55,7 +55,8 @@ def run(requests: dict[str, tuple[Path, Report]]) -> dict[str, int]:
     for name, (tree, request) in requests.items():
         file = Path(request["folder"]) / "request.json"
         records.replace_text(file, json.dumps(request))
-        variables = {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        variables = {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
+        variables |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
         command = [sys.executable, "-P", probe.__file__, str(file)]
         started[name] = subprocess.Popen(command, cwd=tree, env=os.environ | variables)
     try:

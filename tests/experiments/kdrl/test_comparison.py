@@ -1,38 +1,18 @@
-"""The models that KDRL's experiments begin with and a comparison of arms on them, whole, at a size of seconds."""
+"""A comparison of arms on models that KDRL's experiments begin with, whole, at a size of seconds."""
 
-import dataclasses
 import json
-import statistics
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import cells
-from limbeck import params, records, seeding
-from limbeck.experiments.kdrl import comparison, curves, lines, table_main, table_starts
-from limbeck.experiments.kdrl.chains import Chains
+from experiments.kdrl.parts import SMALL, changed
+from limbeck import params, records
+from limbeck.experiments.kdrl import arms, comparison, starting_models
+from limbeck.experiments.kdrl.problems import Chains
 from limbeck.training import grpo
 
 SEED = 100
-SMALL = {
-    "terms": (2, 2),
-    "longer_terms": (3, 3),
-    "train_sizes": (120, 20, 20),
-    "test_size": 8,
-    "validation_size": 6,
-    "longest": 12,
-    "measured": ("in_domain", "larger"),
-    "names": ("teacher", "base", "student"),
-    "begins": ("nothing", "nothing", "base"),
-    "start_seeds": (0, 1, 2),
-    "mistakes": (0.0, 0.0, 0.2),
-    "terse": (0.0, 0.0, 0.3),
-    "start_steps": (120, 60, 4),
-    "rates": (0.02, 0.02, 0.005),
-    "start_batch": 32,
-}
 SHORT = {"steps": 4, "prompts": 4, "learning_rate": 0.003, "selection_seed": SEED}
 ARMS = ("start", "teacher", "sft", "rejection", "grpo", "kd", "kdrl", "annealed", "kd_then_rl", "response_annealed")
 SHARES = ("accuracy", "ended", "greedy")
@@ -40,33 +20,20 @@ WEIGHED = {"kdrl": "kdrl", "annealed": "kdrl", "response_annealed": "response"} 
 
 
 @pytest.fixture(scope="module")
-def starts():
-    committed = params.load("kdrl", "table_starts", "smoke", table_starts.Params)
-    return dataclasses.replace(committed, **SMALL)
-
-
-@pytest.fixture(scope="module")
 def section():
-    committed = params.load("kdrl", "table_main", "smoke", table_main.Params)
-    return dataclasses.replace(committed, arms=ARMS, **SMALL, **SHORT)
-
-
-@pytest.fixture(scope="module")
-def begun(starts, tmp_path_factory):
-    """The records of the models, and the folder of their weights."""
-    folder = tmp_path_factory.mktemp("kdrl") / "table_starts"
-    return cells.run_all(table_starts, starts, folder), folder
+    committed = params.load("kdrl", "table_main", "smoke", comparison.Params)
+    return changed(committed, arms=ARMS, **SMALL, **SHORT)
 
 
 @pytest.fixture(scope="module")
 def ran(section, begun):
     """The records of the whole comparison at the selection's own seed, and its folder."""
     folder = begun[1].parent / "table_main"
-    return cells.run_all(table_main, section, folder, (SEED,)), folder
+    return cells.run_all(comparison, section, folder, (SEED,)), folder
 
 
 def cell_at(section, seed=SEED, **coordinates):
-    found = table_main.cells(section, (seed,))
+    found = comparison.cells(section, (seed,))
     (cell,) = [cell for cell in found if coordinates.items() <= cell.coordinates.items()]
     return cell
 
@@ -85,7 +52,7 @@ def test_the_whole_comparison_runs_and_every_arm_has_its_own_steps(section, ran)
         assert ("test/accuracy" in shares and "larger/greedy" in shares) == (run["cell"]["phase"] == "final")
         assert ("validation/accuracy" in shares) == trained == bool(run["curve"])
         for name in ("validation/accuracy", "rollout/reward", "policy/entropy") if trained else ():
-            assert len(run["curve"][name]) == section.steps
+            assert len(run["curve"][name]) == section.loop.steps
     taken = {arm: cells.pick(found, phase="final", arm=arm)["curve"] for arm in ARMS[2:] if arm != "kd_then_rl"}
     assert len(set(map(json.dumps, taken.values()))) == len(taken), "two arms took the same steps"
     rewards = [reward for run in found if run["curve"] for reward in run["curve"]["rollout/reward"]]
@@ -109,13 +76,13 @@ def test_a_final_cell_at_the_selections_seed_takes_the_steps_of_the_best_cell(se
 @pytest.mark.parametrize("best", [0, 1])
 @pytest.mark.parametrize("arm", WEIGHED)
 def test_an_arm_takes_the_weight_that_was_best_on_the_validation_split(section, ran, arm, best):
-    found, folder = ran
+    found, _ = ran
     altered = []
     for run in (run for run in found if run["cell"]["phase"] == "selection"):
         other = run["cell"]["arm"] != WEIGHED[arm]
         score = 0.75 if (run["cell"]["kd_coef"] == section.kd_coefs[best]) != other else 0.25
         altered.append(run | {"metrics": run["metrics"] | {"validation/accuracy": score}})
-    chosen = comparison._coefficient(final(section, arm).coordinates, cells.place(folder, "x", altered))
+    chosen = comparison.coefficient(final(section, arm).coordinates, altered)
     assert chosen == section.kd_coefs[best]
 
 
@@ -128,10 +95,12 @@ def test_of_equals_the_smallest_weight_is_taken_and_each_pair_chooses_for_itself
         }
         for (teacher, coef), score in scores.items()
     ]
-    where, at = cells.place(Path(), "x", found), {"phase": "final", "student": "s", "arm": "k3", "seed": 0}
-    assert comparison._coefficient(at | {"teacher": "near"}, where) == 0.1
-    assert comparison._coefficient(at | {"teacher": "far"}, where) == 1.0
-    assert comparison._coefficient(at | {"teacher": "far", "kd_coef": 0.3}, where) == 0.3
+    coordinates = {"phase": "final", "student": "s", "arm": "k3", "seed": 0}
+    assert comparison.coefficient(coordinates | {"teacher": "near"}, found) == 0.1
+    assert comparison.coefficient(coordinates | {"teacher": "far"}, found) == 1.0
+    assert comparison.coefficient(coordinates | {"teacher": "far", "kd_coef": 0.3}, found) == 0.3
+    assert comparison.coefficient(coordinates | {"teacher": "far", "arm": "kd"}, found) == 1.0
+    assert comparison.coefficient(coordinates | {"teacher": "far", "arm": "grpo"}, found) == 0.0
 
 
 def as_if(found, seed):
@@ -155,7 +124,7 @@ def handed(section, ran, monkeypatch):
     def of(arm, seed=SEED):
         with monkeypatch.context() as patched, pytest.raises(HandedError) as caught:
             patched.setattr(grpo, "fit", fit)
-            cells.drive(table_main, section, final(section, arm, seed), cells.place(folder, "x", as_if(found, seed)))
+            cells.drive(comparison, section, final(section, arm, seed), cells.place(folder, "x", as_if(found, seed)))
         return caught.value.args
 
     return of
@@ -164,8 +133,8 @@ def handed(section, ran, monkeypatch):
 def test_all_arms_of_a_seed_meet_the_same_prompts_from_the_same_start_and_another_seed_has_others(
     section, ran, starts, begun, handed
 ):
-    data, seen = Chains(section), []
-    start, teacher = (table_starts.model_of(starts, data, begun[1], name) for name in ("student", "teacher"))
+    data, seen = Chains(section.starts.chains), []
+    start, teacher = (starting_models.trained(starts, data, begun[1], name) for name in ("student", "teacher"))
     for arm in ARMS[2:]:
         run, problems, _ = handed(arm)
         seen.append(problems)
@@ -180,9 +149,9 @@ def test_all_arms_of_a_seed_meet_the_same_prompts_from_the_same_start_and_anothe
         assert run.settings.seed == SEED
     assert all(problems == seen[0] for problems in seen)
     flat = [problem.name for step in seen[0] for problem in step]
-    assert [len(step) for step in seen[0]] == [section.prompts] * section.steps
+    assert [len(step) for step in seen[0]] == [section.loop.prompts] * section.loop.steps
     assert len(set(flat)) == len(flat)
-    assert set(flat) <= {example.expression for example in data.train["in_domain"]}
+    assert set(flat) <= {example.expression for example in data.train}
     run, other, _ = handed("kdrl", SEED + 1)
     assert run.settings.seed == SEED + 1
     assert not set(flat) >= {problem.name for step in other for problem in step}
@@ -193,8 +162,9 @@ def test_a_run_is_watched_on_the_validation_split(section, handed, monkeypatch):
 
     def measured(_, model, examples, *, samples, **__):
         assert model is run.policy
-        assert [example.expression for example in examples] == [x.expression for x in Chains(section).validation]
-        assert samples == section.validation_samples
+        expected = Chains(section.starts.chains).validation
+        assert [example.expression for example in examples] == [example.expression for example in expected]
+        assert samples == section.loop.validation_samples
         return {"accuracy": 0.5}
 
     monkeypatch.setattr(Chains, "measure", measured)
@@ -202,9 +172,9 @@ def test_a_run_is_watched_on_the_validation_split(section, handed, monkeypatch):
 
 
 def test_prompts_go_through_all_chains_before_one_comes_again(section):
-    data = Chains(section)
-    long = dataclasses.replace(section, steps=75, prompts=4)
-    flat = [problem.name for step in comparison._problems(data, long, 0) for problem in step]
+    data = Chains(section.starts.chains)
+    long = changed(section, steps=75, prompts=4)
+    flat = [problem.name for step in arms.step_problems(data, long.loop, 0) for problem in step]
     epochs = [flat[:120], flat[120:240]]
     assert all(len(set(epoch)) == 120 for epoch in epochs)
     assert epochs[0] != epochs[1]
@@ -225,7 +195,7 @@ def test_kd_then_rl_takes_kds_steps_up_to_its_switch_and_then_learns_from_reward
     kd = cells.pick(found, arm="kd")
     scores = [0.125, 0.25, 0.25, 0.5]
     altered = kd | {"curve": kd["curve"] | {"validation/accuracy": scores}}
-    result = cells.drive(table_main, section, final(section, "kd_then_rl"), cells.place(folder, "kd", [altered]))
+    result = cells.drive(comparison, section, final(section, "kd_then_rl"), cells.place(folder, "kd", [altered]))
     assert result.metrics["kd/switch"] == 3.0
     assert result.curve["loss/kd"] == kd["curve"]["loss/kd"][:3]
     assert len(result.curve["loss/policy"]) == 1
@@ -234,25 +204,9 @@ def test_kd_then_rl_takes_kds_steps_up_to_its_switch_and_then_learns_from_reward
     assert result.curve["optimiser/gradient_norm"][3] != kd["curve"]["optimiser/gradient_norm"][3]
 
 
-def test_the_switch_is_read_off_kd_of_the_same_seed_student_and_teacher(section):
-    """Windows of 10 steps; the third does not rise."""
-    at = {"phase": "final", "student": "s", "teacher": "t", "arm": "kd_then_rl", "seed": 3}
-    others = ({"seed": 4}, {"teacher": "u"}, {"student": "v"}, {"arm": "kdrl"}, {})
-    scores = [[0.9, 0.1, 0.1, 0.1, 0.1] if change else [0.1, 0.3, 0.2, 0.4, 0.5] for change in others]
-    found = [
-        {"cell": at | {"arm": "kd"} | change, "curve": {"validation/accuracy": said}}
-        for change, said in zip(others, scores, strict=True)
-    ]
-    long = dataclasses.replace(section, steps=45, save_every=10)
-    assert comparison._switch(at, long, cells.place(Path(), "x", found)) == 30
-    found[-1]["curve"]["validation/accuracy"] = [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert comparison._switch(at, long, cells.place(Path(), "x", found)) == 45
-
-
 def test_a_trained_cells_summary_is_that_of_its_curve(section, ran):
     for run in (run for run in ran[0] if run["curve"]):
-        expected = curves.summary(run["curve"], steps=section.steps, window=section.save_every, target=section.target)
-        assert expected.items() <= run["metrics"].items()
+        assert arms.summary(run["curve"], section.loop).items() <= run["metrics"].items()
         assert run["metrics"]["train/tokens"] == pytest.approx(sum(run["curve"]["rollout/tokens"]))
 
 
@@ -261,12 +215,12 @@ def test_a_cell_run_twice_is_the_same_to_the_bit_and_another_seed_is_not(section
     found, folder = ran
     torch.rand(11)
     before = global_generators()
-    again = cells.drive(table_main, section, final(section, arm), cells.place(folder, f"twice {arm}", found))
+    again = cells.drive(comparison, section, final(section, arm), cells.place(folder, f"twice {arm}", found))
     assert global_generators() == before
     run = cells.pick(found, phase="final", arm=arm)
     assert vars(again).items() <= run.items()
     other, where = final(section, arm, SEED + 1), cells.place(folder, f"other {arm}", as_if(found, SEED + 1))
-    changed = cells.drive(table_main, section, other, where)
+    changed = cells.drive(comparison, section, other, where)
     assert changed.curve["rollout/length"] != again.curve["rollout/length"]
 
 
@@ -275,29 +229,29 @@ def test_an_interrupted_cell_goes_on_to_the_same_bits(section, ran, stop):
     """A window ends at each step, and is saved before the next."""
     found, folder = ran
     where, cell = cells.place(folder, f"cut {stop}", found), final(section, "kdrl")
-    assert cells.drive(table_main, section, cell, where, kill_at=stop) is None
+    assert cells.drive(comparison, section, cell, where, kill_at=stop) is None
     assert where.state.is_file() == (stop > 1)
     torch.rand(7)
-    assert next(table_main.run(cell, section, where))["step"] == stop
-    resumed = cells.drive(table_main, section, cell, where)
+    assert next(comparison.run(cell, section, where))["step"] == stop
+    resumed = cells.drive(comparison, section, cell, where)
     assert vars(resumed).items() <= cells.pick(found, phase="final", arm="kdrl").items()
 
 
 @pytest.mark.parametrize(("arm", "name"), [("start", "student"), ("teacher", "teacher")])
 def test_start_and_teacher_are_the_models_as_they_were_left(section, ran, begun, arm, name):
-    run, data = cells.pick(ran[0], phase="final", arm=arm), Chains(section)
-    model = table_starts.model_of(section, data, begun[1], name)
+    run, data = cells.pick(ran[0], phase="final", arm=arm), Chains(section.starts.chains)
+    model = starting_models.trained(section.starts, data, begun[1], name)
     assert run["metrics"] == data.test_scores(model, seed=SEED, dtype=torch.float32)
     assert cells.pick(begun[0], arm=name)["metrics"]["test/greedy"] == run["metrics"]["test/greedy"]
 
 
 def test_the_choice_comes_first_and_kd_then_rl_last_and_an_arm_with_its_weight_waits_for_no_choice(section):
-    found = table_main.cells(section, (0, 1))
+    found = comparison.cells(section, (0, 1))
     turns = [(cell.coordinates["phase"], cell.coordinates["arm"] == "kd_then_rl", cell.wave) for cell in found]
     assert set(turns) == {("selection", False, 0), ("final", False, 1), ("final", True, 2)}
     assert [turn for *_, turn in turns] == sorted(turn for *_, turn in turns)
     written = ("grpo", "kdrl 0.3", "kdrl 1.0", "k3 2e-3 from base by teacher")
-    alone = table_main.cells(dataclasses.replace(section, arms=written), (0, 1))
+    alone = comparison.cells(changed(section, arms=written), (0, 1))
     assert [(c.coordinates["phase"], c.coordinates.get("kd_coef"), c.coordinates["student"]) for c in alone[:4]] == [
         ("final", None, "student"),
         ("final", 0.3, "student"),
@@ -310,7 +264,7 @@ def test_the_choice_comes_first_and_kd_then_rl_last_and_an_arm_with_its_weight_w
 def test_another_seed_arm_or_teacher_changes_no_cell_and_a_grid_or_a_step_all(section):
     def named(**change):
         seeds = change.pop("seeds", (0,))
-        found = table_main.cells(dataclasses.replace(section, **change), seeds)
+        found = comparison.cells(changed(section, **change), seeds)
         by_name = {records.cell_name(cell.coordinates): cell for cell in found}
         assert len(by_name) == len(found), "two cells have one record"
         return by_name
@@ -344,38 +298,6 @@ def test_every_committed_comparison_has_cells_that_come_after_all_that_they_read
 
 
 @pytest.mark.parametrize(
-    ("written", "line"),
-    [
-        ("grpo", ("student", "teacher", "grpo", None)),
-        ("kdrl 0.3", ("student", "teacher", "kdrl", 0.3)),
-        ("kdrl 2e-3 from weak by terse", ("weak", "terse", "kdrl", 0.002)),
-        ("kd by terse", ("student", "terse", "kd", None)),
-        ("start from weak", ("weak", "teacher", "start", None)),
-        ("raw_student_4 1", ("student", "teacher", "raw_student_4", 1.0)),
-    ],
-)
-def test_an_arm_is_read_as_it_is_written(written, line):
-    assert lines.read(written) == line
-
-
-@pytest.mark.parametrize(
-    ("written", "message"),
-    [
-        ("", "received arm '', expected `method`"),
-        ("kdrl by terse from weak", "received arm 'kdrl by terse from weak', expected `method`"),
-        ("kdrl from", "received arm 'kdrl from', expected `method`"),
-        ("dpo", "received arm 'dpo', expected one of sft, rejection, grpo"),
-        ("kd 0.3", "received arm 'kd 0.3', expected no weight: nothing is weighed in it"),
-        ("start 0.3", "received arm 'start 0.3', expected no weight"),
-        ("kd_then_rl 0.3", "received arm 'kd_then_rl 0.3', expected no weight"),
-    ],
-)
-def test_an_arm_that_is_written_otherwise_is_refused(written, message):
-    with pytest.raises(ValueError, match=message):
-        lines.read(written)
-
-
-@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"arms": ("grpo", "kd_then_rl")}, r"received kd_then_rl among \('grpo', 'kd_then_rl'\), expected kd too"),
@@ -404,117 +326,10 @@ def test_an_arm_that_is_written_otherwise_is_refused(written, message):
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        changed(section, **change)
 
 
-def test_the_weights_that_a_model_leaves_have_the_scores_of_its_record(starts, begun):
-    found, folder = begun
-    assert {file.name for file in folder.glob("*.safetensors")} == {f"{name}.safetensors" for name in starts.names}
-    data = Chains(starts)
-    for run in found:
-        model = table_starts.model_of(starts, data, folder, run["cell"]["arm"])
-        assert data.test_scores(model, seed=0, dtype=torch.float32) == run["metrics"]
-        assert sum(parameter.numel() for parameter in model.parameters()) == run["trainable_parameters"]
-        assert run["curve"]["loss/ce"][-1] < run["curve"]["loss/ce"][0] or run["cell"]["arm"] == "student"
-
-
-def test_weights_that_are_not_there_are_asked_for(section, starts, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"expected the weights of base in .*, found none; run the experiment that trains it"
-    ):
-        table_starts.model_of(starts, Chains(starts), tmp_path, "base")
-    with pytest.raises(
-        ValueError, match=r"expected the weights of student in .*, found none; run the experiment that trains it"
-    ):
-        cells.drive(table_main, section, final(section, "grpo"), cells.place(tmp_path / "table_main", "x"))
-
-
-def test_weights_of_other_parameters_are_refused(starts, begun, tmp_path):
-    weights = load_file(begun[1] / "base.safetensors")
-    name, _ = weights.popitem()
-    save_file(weights, tmp_path / "base.safetensors")
-    with pytest.raises(ValueError, match=rf"received {len(weights)} weights .* expected {len(weights) + 1}; {name} is"):
-        table_starts.model_of(starts, Chains(starts), tmp_path, "base")
-
-
-def first_loss(section, data, model, at):
-    """The mean over tokens of a first batch, row by row."""
-    prompts, solutions = table_starts.worked(section, data, at)
-    lengths = torch.tensor([len(x) + len(y) for x, y in zip(prompts, solutions, strict=True)])
-    options = {"size": section.start_batch, "steps": 1, "seed": section.start_seeds[at]}
-    (rows,), said = table_starts._batches(lengths, **options), []
-    for row in rows.tolist():
-        logprobs = model(torch.tensor([[*prompts[row], *solutions[row]]])).logits[0].log_softmax(-1)
-        said += [logprobs[len(prompts[row]) - 1 + t, token] for t, token in enumerate(solutions[row])]
-    return -torch.stack(said).mean().item()
-
-
-def test_a_model_goes_on_from_the_one_that_it_begins_with(starts, begun):
-    found, folder = begun
-    data = Chains(starts)
-    for at, begin in enumerate(starts.begins):
-        with torch.no_grad():
-            if begin == "nothing":
-                model = table_starts._drawn(starts, data, starts.start_seeds[at])
-            else:
-                model = table_starts.model_of(starts, data, folder, begin)
-            expected = first_loss(starts, data, model, at)
-        assert found[at]["curve"]["loss/ce"][0] == pytest.approx(expected, abs=1e-5)
-
-
-def test_an_interrupted_model_goes_on_to_the_same_bits(starts, begun, tmp_path):
-    found, folder = begun
-    (tmp_path / "base.safetensors").write_bytes((folder / "base.safetensors").read_bytes())
-    cell, where = table_starts.cells(starts, ())[2], cells.place(tmp_path, "cut")
-    assert cells.drive(table_starts, starts, cell, where, kill_at=3) is None
-    assert not (tmp_path / "student.safetensors").exists()
-    torch.rand(7)
-    assert vars(cells.drive(table_starts, starts, cell, where)).items() <= found[2].items()
-    assert (tmp_path / "student.safetensors").read_bytes() == (folder / "student.safetensors").read_bytes()
-
-
-def test_matrices_are_scaled_and_norms_are_not(starts):
-    data = Chains(starts)
-    one, four = (table_starts._drawn(dataclasses.replace(starts, scale=scale), data, 0) for scale in (1.0, 4.0))
-    for (name, small), large in zip(one.named_parameters(), four.parameters(), strict=True):
-        torch.testing.assert_close(large, (4 if small.ndim > 1 else 1) * small, msg=name)
-
-
-def test_a_model_comes_in_the_turn_after_the_one_that_it_begins_with(starts):
-    changes = {"begins": ("nothing", "teacher", "base")}
-    for section, turns in ((starts, [0, 0, 1]), (dataclasses.replace(starts, **changes), [0, 1, 2])):
-        found = table_starts.cells(section, (5, 6))
-        assert [cell.wave for cell in found] == turns
-        assert [cell.checkpoint_files for cell in found] == [(f"{name}.safetensors",) for name in section.names]
-        assert {cell.coordinates["seed"] for cell in found} == {0}
-
-
-def test_models_learn_from_the_training_chains_of_all_families_each_in_its_own_style(starts):
-    data = Chains(starts)
-    examples = [example for part in data.train.values() for example in part]
-    shares = []
-    for at in range(3):
-        prompts, solutions = table_starts.worked(starts, data, at)
-        assert prompts == [data.problem(example).prompt for example in examples]
-        shares.append(statistics.fmean(map(data.score, examples, solutions)))
-        assert all(solution.count(data.end) == 1 and solution[-1] == data.end for solution in solutions)
-    assert shares[:2] == [1.0, 1.0]
-    assert 0.5 < shares[2] < 0.95
-    assert table_starts.worked(starts, data, 0) == table_starts.worked(starts, data, 1)
-
-
-def test_batches_go_through_all_rows_before_one_comes_again_and_hold_rows_of_like_length(global_generators):
-    lengths = torch.randint(5, 60, (320,), generator=seeding.generator(0, "lengths"))
-    before = global_generators()
-    found = table_starts._batches(lengths, size=8, steps=100, seed=1)
-    assert global_generators() == before
-    assert len(found) == 100
-    for epoch in (found[:40], found[40:80]):
-        assert sorted(torch.cat(epoch).tolist()) == list(range(320))
-    spans = [(lengths[rows].max() - lengths[rows].min()).item() for rows in found]
-    assert statistics.fmean(spans) < 55 / 8
-    again, other = (table_starts._batches(lengths, size=8, steps=100, seed=seed) for seed in (1, 2))
-    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
-    assert not all(torch.equal(x, y) for x, y in zip(found, other, strict=True))
-    means = [lengths[rows].double().mean().item() for rows in found[:40]]
-    assert means != sorted(means)
+def test_models_that_are_not_there_are_asked_for(section, tmp_path):
+    message = r"expected the weights of student in .*, found none; run the experiment that trains it"
+    with pytest.raises(ValueError, match=message):
+        cells.drive(comparison, section, final(section, "grpo"), cells.place(tmp_path / "table_main", "x"))

@@ -6,7 +6,7 @@ import torch
 
 import cells
 from limbeck import params
-from limbeck.experiments.kdrl import fig_kl_gradients as figure
+from limbeck.experiments.kdrl import kl_gradients as figure
 
 LOGITS = [[1.0, 0.0, -1.0], [0.0, 0.5, 0.5], [0.5, 0.5, -1.5]]
 STUDENT, TEACHER, OLDER = torch.tensor(LOGITS, dtype=torch.float64)

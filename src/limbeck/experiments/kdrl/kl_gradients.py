@@ -24,7 +24,7 @@ ARMS = tuple(f"{kind}_{place}" for kind in estimates.KINDS for place in PLACES)
 
 @dataclass(frozen=True)
 class Params:
-    """The section of params/kdrl.yaml; sources stand there."""
+    """The arms, and how student, teacher and sampler are drawn; a gap is that of the teacher's logits."""
 
     arms: tuple[str, ...]
     outcomes: int
@@ -34,7 +34,6 @@ class Params:
     draws: int
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         for arm in self.arms:
             one_of("arm", arm, ARMS)
         for gap in self.gaps:
@@ -43,7 +42,7 @@ class Params:
 
 
 def cells(params: Params, _seeds: Sequence[int]) -> list[Cell]:
-    """A cell an arm, a way of sampling and a gap, over all draws, which are the replicates."""
+    """One cell per arm, way of sampling and gap, over all draws, which are the replicates."""
     inputs = {name: value for name, value in asdict(params).items() if name not in ("arms", "gaps")}
     return [
         Cell({"arm": arm, "sampling": sampling, "gap": gap}, inputs)
@@ -53,16 +52,16 @@ def cells(params: Params, _seeds: Sequence[int]) -> list[Cell]:
     ]
 
 
-def run(cell: Cell, params: Params, _place: Workspace) -> Generator[dict[str, float], None, Result]:
-    """Every draw of student, teacher and sampler; yields once a draw."""
-    found: dict[str, list[float]] = {}
+def run(cell: Cell, params: Params, _workspace: Workspace) -> Generator[dict[str, float], None, Result]:
+    """Every draw of student, teacher and sampler; yields once per draw."""
+    metrics: dict[str, list[float]] = {}
     for draw in range(params.draws):
         student, teacher, older = _drawn(params, cell.coordinates["gap"], draw)
         sampler = older if cell.coordinates["sampling"] == "off-policy" else student
         for name, value in compared(cell.coordinates["arm"], student, teacher, sampler).items():
-            found.setdefault(name, []).append(value)
+            metrics.setdefault(name, []).append(value)
         yield {"step": draw + 1, "steps": params.draws}
-    return Result(found, {}, 0, "float64")
+    return Result(metrics, {}, 0, "float64")
 
 
 def _drawn(params: Params, gap: float, draw: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """The experiment on pretrained models, whole, in seconds: on a drawn student, and on a pair of Qwen2 from folders."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,10 +8,10 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import cells
+from experiments.kdrl.parts import changed
 from limbeck import params, seeding
-from limbeck.experiments.kdrl import fig_real_model
-from limbeck.experiments.kdrl.real_models import Bench
-from limbeck.experiments.kdrl.word_problems import Words
+from limbeck.experiments.kdrl import real_model
+from limbeck.experiments.kdrl.problems import WordProblems
 from limbeck.losses import divergence
 from limbeck.models import language
 from limbeck.training import grpo, rollouts
@@ -25,25 +24,31 @@ FILE = "teacher.safetensors"
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("kdrl", "fig_real_model", "smoke", fig_real_model.Params)
+    return params.load("kdrl", "fig_real_model", "smoke", real_model.Params)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     """The records of the smoke section, with an arm of each other kind, and its folder."""
-    section = dataclasses.replace(section, arms=(*section.arms, "rejection", "kd_then_rl"), steps=3)
+    section = changed(section, arms=(*section.arms, "rejection", "kd_then_rl"), steps=3)
     folder = tmp_path_factory.mktemp("real_model")
-    return cells.run_all(fig_real_model, section, folder), folder, section
+    return cells.run_all(real_model, section, folder), folder, section
 
 
-def bench(section, folder):
-    return Bench(section, cells.place(folder, "x"), Words(section, lambda *_: 0.0))
+def problems_of(section):
+    return WordProblems(section.words, section.student, lambda *_: 0.0, together=section.loop.prompts)
+
+
+def student(section, folder):
+    return real_model.load_student(section, problems_of(section), cells.place(folder, "x"))
+
+
+def teacher(section, folder):
+    return real_model.load_teacher(section, problems_of(section), cells.place(folder, "x"))
 
 
 def cell_of(section, arm, phase="final"):
-    (cell,) = [
-        c for c in fig_real_model.cells(section, (0,)) if c.coordinates == {"phase": phase, "arm": arm, "seed": 0}
-    ]
+    (cell,) = [c for c in real_model.cells(section, (0,)) if c.coordinates == {"phase": phase, "arm": arm, "seed": 0}]
     return cell
 
 
@@ -56,7 +61,7 @@ def check(found, section):
         assert all(0 <= run["metrics"][f"test/{name}"] <= 1 for name in ("accuracy", "ended", "unjudged", "greedy"))
         assert bool(run["curve"]) == bool(run["trainable_parameters"]) == (arm not in ("start", "teacher"))
         for name in ("validation/accuracy", "rollout/tokens", "rollout/reward") if run["curve"] else ():
-            assert len(run["curve"][name]) == section.steps
+            assert len(run["curve"][name]) == section.loop.steps
     curves = [json.dumps(run["curve"]) for run in found if run["curve"]]
     assert len(set(curves)) == len(curves), "two arms took the same steps"
     return final
@@ -70,43 +75,42 @@ def test_the_smoke_section_runs_and_needs_no_asset(ran):
     assert len(found[0]["curve"]["loss/ce"]) == section.further_steps
     final = check(found, section)
     assert final["kd_then_rl"]["metrics"]["kd/switch"] == 2.0, "nothing rose"
-    assert all(cell.inputs["assets"] == [] for cell in fig_real_model.cells(section, (0,)))
+    assert all(cell.inputs["assets"] == [] for cell in real_model.cells(section, (0,)))
     own = {run["curve"]["rollout/length"][0] for arm, run in final.items() if run["curve"] and arm != "rejection"}
     assert len(own) == 1, "before the first step, arms have the same completions"
 
 
 def test_the_teacher_is_the_student_but_for_its_last_layers(ran):
     _, folder, section = ran
-    made = bench(section, folder)
-    student, teacher = (dict(model.named_parameters()) for model in (made.student(), made.teacher()))
-    last = {name for name in student if ".layers." in name or name == "model.norm.weight"}
-    assert {name for name, weight in teacher.items() if not torch.equal(weight, student[name])} == last
+    start, other = (dict(load(section, folder).named_parameters()) for load in (student, teacher))
+    last = {name for name in start if ".layers." in name or name == "model.norm.weight"}
+    assert {name for name, weight in other.items() if not torch.equal(weight, start[name])} == last
     assert set(load_file(folder / FILE)) == last
-    assert {name for name, weight in student.items() if weight.requires_grad} == last
+    assert {name for name, weight in start.items() if weight.requires_grad} == last
 
 
 def test_the_teacher_is_fine_tuned_on_solutions_of_problems_that_no_arm_meets(section, tmp_path):
     """The batches' losses at no rate are the mean over the solutions' tokens, row by row."""
-    long = dataclasses.replace(section, further_steps=6, further_batch=4, further_learning_rate=1e-9)
-    made, seen = bench(long, tmp_path), []
+    long = changed(section, further_steps=6, further_batch=4, further_learning_rate=1e-9)
+    problems, losses = problems_of(long), []
     drawn = rollouts.batches(24, size=4, steps=6, source=seeding.generator(0, "further"))
-    model = made.student()
+    model = student(long, tmp_path)
     for rows in drawn:
-        said = []
+        chosen = []
         for row in rows:
-            example = made.data.taught[row]
-            prompt, solution = made.data.problem(example).prompt, made.data.worked(example)
+            example = problems.teacher_train[row]
+            prompt, solution = problems.prompt(example), problems.worked(example)
             logprobs = model(torch.tensor([[*prompt, *solution]])).logits[0].log_softmax(-1)
-            said += [logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(solution)]
-        seen.append(-sum(said) / len(said))
-    cell = fig_real_model.cells(long, (0,))[0]
-    result = cells.drive(fig_real_model, long, cell, cells.place(tmp_path, "x"))
-    assert result.curve["loss/ce"] == pytest.approx(seen, rel=1e-4)
+            chosen += [logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(solution)]
+        losses.append(-sum(chosen) / len(chosen))
+    cell = real_model.cells(long, (0,))[0]
+    result = cells.drive(real_model, long, cell, cells.place(tmp_path, "x"))
+    assert result.curve["loss/ce"] == pytest.approx(losses, rel=1e-4)
 
 
 def test_with_trained_layers_0_all_parameters_are_trained(section, tmp_path):
-    whole = dataclasses.replace(section, trained_layers=0)
-    assert all(weight.requires_grad for weight in bench(whole, tmp_path).student().parameters())
+    whole = changed(section, trained_layers=0)
+    assert all(weight.requires_grad for weight in student(whole, tmp_path).parameters())
 
 
 @pytest.mark.parametrize(("phase", "arm"), [("teacher", "teacher"), ("final", "kdrl")])
@@ -116,9 +120,9 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, tmp_path, phase, arm):
     if phase == "final":
         (tmp_path / FILE).write_bytes((folder / FILE).read_bytes())
     cell, where = cell_of(section, arm, phase), cells.place(tmp_path, "cut")
-    assert cells.drive(fig_real_model, section, cell, where, kill_at=2) is None
+    assert cells.drive(real_model, section, cell, where, kill_at=2) is None
     torch.rand(7)
-    assert vars(cells.drive(fig_real_model, section, cell, where)).items() <= whole.items()
+    assert vars(cells.drive(real_model, section, cell, where)).items() <= whole.items()
     for file in cell.checkpoint_files:
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
 
@@ -129,7 +133,7 @@ class HandedError(Exception):
 
 def test_all_arms_of_a_seed_meet_the_same_prompts_and_rows_come_once_an_epoch(ran, monkeypatch):
     _, folder, section = ran
-    long = dataclasses.replace(section, steps=24, prompts=3)
+    long = changed(section, steps=24, prompts=3)
 
     def fit(run, weights, problems, *_, **__):
         raise HandedError(run, problems)
@@ -138,46 +142,46 @@ def test_all_arms_of_a_seed_meet_the_same_prompts_and_rows_come_once_an_epoch(ra
     seen = []
     for arm in ("grpo", "kd", "kdrl", "rejection"):
         with pytest.raises(HandedError) as caught:
-            cells.drive(fig_real_model, long, cell_of(long, arm), cells.place(folder, "x"))
+            cells.drive(real_model, long, cell_of(long, arm), cells.place(folder, "x"))
         run, problems = caught.value.args
         seen.append(problems)
         assert (run.teacher is None) == (arm in ("grpo", "rejection"))
         assert (run.sampler.model is run.policy) == (arm != "rejection")
-        assert (run.sampler.temperature, run.settings.seed) == (long.temperature, 0)
+        assert (run.sampler.temperature, run.settings.seed) == (long.words.temperature, 0)
     assert all(problems == seen[0] for problems in seen)
     flat = [problem.name for step in seen[0] for problem in step]
-    questions = {example.question for example in bench(long, folder).data.train}
+    questions = {example.question for example in problems_of(long).train}
     epochs = [flat[start : start + 24] for start in (0, 24, 48)]
     assert all(set(epoch) == questions for epoch in epochs)
     assert epochs[0] != epochs[1]
 
 
 def test_cells_have_the_seeds_that_were_asked_for_and_an_added_seed_changes_none(section):
-    two = dataclasses.replace(section, replicates=2)
-    one, both = fig_real_model.cells(section, (5, 6)), fig_real_model.cells(two, (5, 6))
+    two = changed(section, replicates=2)
+    one, both = real_model.cells(section, (5, 6)), real_model.cells(two, (5, 6))
     assert {cell.coordinates["seed"] for cell in one[1:]} == {5}
     assert [cell for cell in both if cell.coordinates["seed"] != 6] == one
     assert [cell.wave for cell in one] == [0] + [1] * len(section.arms)
     with pytest.raises(ValueError, match=r"received the seeds \(5,\), expected at least 2"):
-        fig_real_model.cells(two, (5,))
+        real_model.cells(two, (5,))
 
 
 def test_what_is_only_measured_is_sampled_anew_for_every_seed(ran):
     _, folder, section = ran
-    found = fig_real_model.cells(dataclasses.replace(section, replicates=3), (0, 1, 2))
+    found = real_model.cells(changed(section, replicates=3), (0, 1, 2))
     every = [cell for cell in found if cell.coordinates["arm"] == "start"]
-    results = [cells.drive(fig_real_model, section, cell, cells.place(folder, "x")) for cell in every]
+    results = [cells.drive(real_model, section, cell, cells.place(folder, "x")) for cell in every]
     assert len({result.metrics["test/length"] for result in results}) > 1
 
 
 def test_a_teacher_that_has_a_name_is_not_trained_here(section):
-    other = dataclasses.replace(section, teacher="llama-1x32", further_steps=0, taught_size=0)
-    assert {cell.coordinates["phase"] for cell in fig_real_model.cells(other, (0,))} == {"final"}
+    other = changed(section, teacher="llama-1x32", further_steps=0, taught_size=0)
+    assert {cell.coordinates["phase"] for cell in real_model.cells(other, (0,))} == {"final"}
 
 
 def test_the_assets_that_a_section_names_are_part_of_what_a_cell_depends_on():
-    section = params.load("kdrl", "fig_real_model", "full", fig_real_model.Params)
-    assert all(len(cell.inputs["assets"]) == 1 for cell in fig_real_model.cells(section, range(5)))
+    section = params.load("kdrl", "fig_real_model", "full", real_model.Params)
+    assert all(len(cell.inputs["assets"]) == 1 for cell in real_model.cells(section, range(5)))
 
 
 def saved(folder, *, words, spare, seed, steps):
@@ -187,14 +191,14 @@ def saved(folder, *, words, spare, seed, steps):
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     size |= {"num_key_value_heads": 1, "max_position_embeddings": 128, "initializer_range": 0.2}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    said = [[*tokenizer.encode(f"Is it this ? => {answer}"), tokenizer.eos_token_id] for answer in ANSWERS]
+    texts = [[*tokenizer.encode(f"Is it this ? => {answer}"), tokenizer.eos_token_id] for answer in ANSWERS]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer) + spare, **size, **ends)).eval()
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(steps):
         optimiser.zero_grad()
-        model(input_ids=torch.tensor(said), labels=torch.tensor(said)).loss.backward()
+        model(input_ids=torch.tensor(texts), labels=torch.tensor(texts)).loss.backward()
         optimiser.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -222,14 +226,14 @@ def pair(tmp_path_factory):
     small = {"task": f"math/{folder / 'problems'}", "train_size": 6, "validation_size": 2, "test_size": 4, "longest": 8}
     small |= {"steps": 2, "prompts": 2, "group_size": 4, "save_every": 1, "measure_every": 1, "verify_limit": 60.0}
     small |= {"validation_samples": 2, "test_samples": 2, "micro_tokens": 256, "sampler": "transformers"}
-    committed = params.load("kdrl", "fig_real_model", "paper", fig_real_model.Params)
-    return dataclasses.replace(committed, **models, **small)
+    committed = params.load("kdrl", "fig_real_model", "paper", real_model.Params)
+    return changed(committed, **models, **small)
 
 
 @pytest.mark.slow
 def test_the_paper_section_runs_on_a_pair_of_qwen2_from_folders_with_math_verify(pair, tmp_path):
     pytest.importorskip("math_verify")
-    found = cells.run_all(fig_real_model, pair, tmp_path)
+    found = cells.run_all(real_model, pair, tmp_path)
     final = check(found, pair)
     assert set(final) == set(pair.arms) >= {"grpo", "kd", "kdrl", "annealed"}
     rewards = [reward for run in final.values() for reward in run["curve"].get("rollout/reward", [])]
@@ -245,32 +249,31 @@ def test_the_paper_section_runs_on_a_pair_of_qwen2_from_folders_with_math_verify
 def test_the_rows_that_pad_a_vocabulary_are_cut_and_change_no_distribution_over_tokens(
     pair, tmp_path, global_generators
 ):
-    made = bench(pair, tmp_path)
-    size = len(made.data.tokenizer)
+    problems = problems_of(pair)
+    size = len(problems.tokenizer)
     before = global_generators()
-    models = made.student(), made.teacher()
+    models = student(pair, tmp_path), teacher(pair, tmp_path)
     assert global_generators() == before
-    ids = torch.tensor([made.data.problem(made.data.train[0]).prompt])
+    ids = torch.tensor([problems.prompt(problems.train[0])])
     for name, cut in zip(("student", "teacher"), models, strict=True):
-        whole = language.load(getattr(pair, name), made.data.tokenizer, seed=0)
+        whole = language.load(getattr(pair, name), problems.tokenizer, seed=0)
         assert whole.config.vocab_size > cut.config.vocab_size == size
         torch.testing.assert_close(cut(input_ids=ids).logits, whole(input_ids=ids).logits[..., :size])
-    student, teacher = (model(input_ids=ids).logits for model in models)
-    assert divergence.reverse_kl(student, teacher).isfinite()
+    assert divergence.reverse_kl(*(model(input_ids=ids).logits for model in models)).isfinite()
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(pair, tmp_path):
     other = saved(tmp_path / "other", words=[*WORDS, "more"], spare=0, seed=0, steps=0)
-    section = dataclasses.replace(pair, teacher=other)
+    section = changed(pair, teacher=other)
     with pytest.raises(ValueError, match=r"received vocabularies of .* expected equal ones"):
-        bench(section, tmp_path).teacher()
+        teacher(section, tmp_path)
 
 
-def test_prompts_are_in_the_models_chat_template(pair, tmp_path):
-    data = bench(pair, tmp_path).data
-    example = data.train[0]
-    expected = data.tokenizer.encode(f"{example.question} =>", add_special_tokens=False)
-    assert list(data.problem(example).prompt) == expected
+def test_prompts_are_in_the_models_chat_template(pair):
+    problems = problems_of(pair)
+    example = problems.train[0]
+    expected = problems.tokenizer.encode(f"{example.question} =>", add_special_tokens=False)
+    assert list(problems.prompt(example)) == expected
 
 
 @pytest.mark.parametrize(
@@ -289,4 +292,4 @@ def test_prompts_are_in_the_models_chat_template(pair, tmp_path):
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        changed(section, **change)

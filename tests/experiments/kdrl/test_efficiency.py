@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("trl")
 
-from limbeck.experiments.kdrl import table_efficiency
-from limbeck.experiments.kdrl.table_efficiency import NORMALISERS
+from limbeck.experiments.kdrl import efficiency
+from limbeck.experiments.kdrl.efficiency import NORMALISERS
 from limbeck.tasks import chain_sum
 
-SECTION = table_efficiency.Params(
+SECTION = efficiency.Params(
     shape="llama-1x16",
     terms=(3, 4),
     digits=(1, 1),
@@ -34,28 +34,28 @@ def trainer(tmp_path_factory):
     family = chain_sum.Family(SECTION.terms, SECTION.digits)
     asked = {f"{example.expression}=": example for example in chain_sum.examples(family, 4, seed=0)}
     with torch.random.fork_rng(devices=[]):
-        return table_efficiency.theirs(SECTION, "drawn", 4, asked, str(tmp_path_factory.mktemp("trl")))
+        return efficiency.theirs(SECTION, "drawn", 4, asked, str(tmp_path_factory.mktemp("trl")))
 
 
 @pytest.mark.parametrize("kind", NORMALISERS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_loss_of_trl_and_its_gradient_are_ours(trainer, kind, seed):
-    (loss, gradient), (our_loss, our_gradient) = table_efficiency.losses(trainer, kind, seed=seed)
+    (loss, gradient), (our_loss, our_gradient) = efficiency.losses(trainer, kind, seed=seed)
     assert loss.abs() > 1e-3, "a loss of 0 would agree with any"
     torch.testing.assert_close(our_loss, loss, rtol=0, atol=1e-5)
     assert (our_gradient - gradient).norm() < 1e-5 * gradient.norm()
-    assert table_efficiency.difference(trainer, seed=seed) < 1e-5
+    assert efficiency.difference(trainer, seed=seed) < 1e-5
 
 
 def test_another_normaliser_would_show(trainer):
-    found = [table_efficiency.losses(trainer, kind, seed=0)[1][1] for kind in ("grpo", "dr_grpo", "dapo")]
+    found = [efficiency.losses(trainer, kind, seed=0)[1][1] for kind in ("grpo", "dr_grpo", "dapo")]
     for left, right in ((0, 1), (0, 2), (1, 2)):
         assert (found[left] - found[right]).norm() > 1e-2 * found[left].norm()
 
 
 def test_a_round_has_a_step_of_every_arm_and_leaves_torchs_generator_as_it_was():
     section, before = dataclasses.replace(SECTION, group_sizes=(4, 8)), torch.get_rng_state()
-    rows = [row for size in section.group_sizes for row in table_efficiency._rows(section, "drawn", size)]
+    rows = [row for size in section.group_sizes for row in efficiency._rows(section, "drawn", size)]
     assert torch.equal(torch.get_rng_state(), before)
     arms = ["grpo", "kd", "kdrl", "trl"]
     assert [row["arm"] for row in rows] == [arm for _ in (4, 8) for arm in arms for _ in range(2)]
@@ -72,7 +72,7 @@ def test_a_round_has_a_step_of_every_arm_and_leaves_torchs_generator_as_it_was()
 
 def test_full_completions_have_the_longest_length_in_every_arm():
     section = dataclasses.replace(SECTION, rounds=1)
-    assert {row["bench/length"] for row in table_efficiency._rows(section, "full", 4)} == {24.0}
+    assert {row["bench/length"] for row in efficiency._rows(section, "full", 4)} == {24.0}
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,14 @@ TRL = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "datal
 TRL |= {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "max_steps": 1}
 TRL |= {"shuffle_dataset": False, "temperature": 1.0, "beta": 0.0, "num_iterations": 1, "loss_type": "dapo"}
 TRL |= {"optim": "adamw_torch_fused", "lr_scheduler_type": "constant", "weight_decay": 0.0}
-_STALE, _COMPARED = 0.3, 4  # deviation of older log-probabilities, so that some ratios are clipped; prompts compared
-Asked = dict[str, chain_sum.Example]  # by prompt
+_STALENESS = 0.3  # deviation of older log-probabilities, so that some ratios are clipped
+_COMPARED = 4  # prompts on which losses are compared
+Examples = dict[str, chain_sum.Example]  # by prompt
 
 
 @dataclass(frozen=True)
 class Params:
-    """The section of params/kdrl.yaml; sources stand there."""
+    """What is timed: `lengths` of completions, sizes of groups, and how many samples each side takes at once."""
 
     shape: str
     terms: tuple[int, ...]
@@ -63,7 +64,6 @@ class Params:
     threads: int
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         for name in self.lengths:
             params.one_of("lengths", name, LENGTHS)
         params.positive(rounds=self.rounds, threads=self.threads)
@@ -89,8 +89,8 @@ class _Clock(TrainerCallback):
 
 
 def measure(profile: str) -> pd.DataFrame:
-    """One row a kind of lengths, group size, arm and round: seconds, samples and tokens a second, mean length, and
-    samples a second as a multiple of TRL's in that round; with TRL, the largest difference between its losses and ours.
+    """One row per kind of lengths, group size, arm and round: seconds, samples and tokens per second, mean length, and
+    samples per second as a multiple of TRL's in that round; for TRL, the largest difference of its losses to ours.
     """
     params.one_of("profile", profile, SECTIONS)
     section = params.load("kdrl", "table_efficiency", SECTIONS[profile], Params)
@@ -105,13 +105,13 @@ def measure(profile: str) -> pd.DataFrame:
 
 def _rows(section: Params, lengths: str, size: int) -> list[dict[str, float | int | str]]:
     family, clock, rows = chain_sum.Family(section.terms, section.digits), _Clock(), []
-    examples = chain_sum.examples(family, section.samples // size, seed=section.data_seed)
-    asked = {f"{example.expression}=": example for example in examples}
+    drawn = chain_sum.examples(family, section.samples // size, seed=section.data_seed)
+    examples = {f"{example.expression}=": example for example in drawn}
     means = {arm: [] for arm in OURS} | {"trl": clock.lengths}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        trainer = theirs(section, lengths, size, asked, folder)
+        trainer = theirs(section, lengths, size, examples, folder)
         trainer.add_callback(clock)
-        steps = {arm: ours(arm, section, lengths, size, asked) for arm in OURS}
+        steps = {arm: ours(arm, section, lengths, size, examples) for arm in OURS}
         calls = {arm: lambda arm=arm: means[arm].append(steps[arm]()) for arm in OURS} | {"trl": trainer.train}
         seconds = measurements.alternate(calls, rounds=section.rounds) | {"trl": clock.seconds[1:]}
         for arm, index in itertools.product(calls, range(section.rounds)):
@@ -133,27 +133,34 @@ def start(section: Params, lengths: str, seed: int) -> tuple[PreTrainedModel, Pr
     return model, tokenizer
 
 
-def ours(arm: str, section: Params, lengths: str, size: int, asked: Asked) -> Callable[[], float]:
+def ours(arm: str, section: Params, lengths: str, size: int, examples: Examples) -> Callable[[], float]:
     """A step of our loop, as a call that returns the mean length of its completions."""
-    (student, tokenizer), method, every = start(section, lengths, 0), objectives.arm(arm), section.rounds + 1
-    options = {"learning_rate": section.learning_rate, "clip_norm": section.clip_norm, "longest": section.longest}
-    options |= {"micro_tokens": section.micro_tokens, "group_size": size, "seed": 0}
+    method, count = objectives.arm(arm), section.rounds + 1
+    student, tokenizer = start(section, lengths, 0)
+    teacher = start(section, lengths, 1)[0] if method.asks_teacher else None
 
     def verify(problem: Problem, completion: sampling.Tokens) -> Verdict:
-        reward = chain_sum.reward(asked[problem.name], tokenizer.decode(completion, skip_special_tokens=True))
+        reward = chain_sum.reward(examples[problem.name], tokenizer.decode(completion, skip_special_tokens=True))
         return Verdict(reward, correct=reward == 1.0)
 
-    sampler = sampling.Sampled(student, tokenizer.eos_token_id)
-    teacher = start(section, lengths, 1)[0] if method.taught else None
-    settings = learner.Settings(**options, save_every=every, split_every=every)
-    problems = [[Problem(tuple(tokenizer(prompt)["input_ids"]), prompt) for prompt in asked]] * every
-    aim = objectives.of(method, kd_coef=section.kd_coef, steps=every, measure_every=every)
-    run = learner.Run(student, sampler, verify, teacher, settings)
-    steps = grpo.fit(run, models.trainable(student), problems, aim, state=None)
+    settings = learner.Settings(
+        group_size=size,
+        longest=section.longest,
+        seed=0,
+        learning_rate=section.learning_rate,
+        clip_norm=section.clip_norm,
+        save_every=count,
+        micro_tokens=section.micro_tokens,
+        split_every=count,
+    )
+    run = learner.Run(student, sampling.Sampled(student, tokenizer.eos_token_id), verify, teacher, settings)
+    problems = [[Problem(tuple(tokenizer(prompt)["input_ids"]), prompt) for prompt in examples]] * count
+    objective = objectives.objective(method, kd_coef=section.kd_coef, steps=count, measure_every=count)
+    steps = grpo.fit(run, models.trainable(student), problems, objective, state=None)
     return lambda: next(steps)["rollout/length"]
 
 
-def theirs(section: Params, lengths: str, size: int, asked: Asked, folder: str) -> GRPOTrainer:
+def theirs(section: Params, lengths: str, size: int, examples: Examples, folder: str) -> GRPOTrainer:
     """TRL's trainer, whose `train()` is one step."""
     model, tokenizer = start(section, lengths, 0)
     options = {"learning_rate": section.learning_rate, "max_grad_norm": section.clip_norm, "num_generations": size}
@@ -161,9 +168,9 @@ def theirs(section: Params, lengths: str, size: int, asked: Asked, folder: str) 
     options |= {"gradient_accumulation_steps": section.samples // section.trl_rows, "output_dir": folder}
 
     def reward(prompts: list[str], completions: list[str], **_: object) -> list[float]:
-        return [chain_sum.reward(asked[prompt], text) for prompt, text in zip(prompts, completions, strict=True)]
+        return [chain_sum.reward(examples[prompt], text) for prompt, text in zip(prompts, completions, strict=True)]
 
-    prompts = Dataset.from_dict({"prompt": list(asked)})
+    prompts = Dataset.from_dict({"prompt": list(examples)})
     trainer = GRPOTrainer(model, reward, GRPOConfig(**options, **TRL), prompts, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -172,25 +179,25 @@ def theirs(section: Params, lengths: str, size: int, asked: Asked, folder: str) 
 def losses(trainer: GRPOTrainer, kind: str, *, seed: int) -> list[tuple[Tensor, Tensor]]:
     """TRL's loss of a kind and its gradient, then ours, on completions drawn by `seed` with random advantages."""
     model, tokenizer, size = trainer.model.eval(), trainer.processing_class, trainer.num_generations
-    longest, normalise, texts = trainer.max_completion_length, NORMALISERS[kind], trainer.train_dataset["prompt"]
-    asked = [tuple(tokenizer(text)["input_ids"]) for text in texts[:_COMPARED]]
-    sampler, prompts = sampling.Sampled(model, tokenizer.eos_token_id), [row for row in asked for _ in range(size)]
-    found = sampler(asked, range(len(asked)), group_size=size, longest=longest, seed=seed)
-    source, rows = seeding.generator(seed, "bench"), found.rows()
-    old = found.logprobs + _STALE * torch.randn(found.mask.shape, generator=source)
-    advantages = torch.randn(len(rows), generator=source)
+    longest, normalise = trainer.max_completion_length, NORMALISERS[kind]
+    questions = [tuple(tokenizer(text)["input_ids"]) for text in trainer.train_dataset["prompt"][:_COMPARED]]
+    sampler, prompts = sampling.Sampled(model, tokenizer.eos_token_id), [row for row in questions for _ in range(size)]
+    sampled = sampler(questions, range(len(questions)), group_size=size, longest=longest, seed=seed)
+    source, completions, mask = seeding.generator(seed, "bench"), sampled.rows(), sampled.mask
+    old = sampled.logprobs + _STALENESS * torch.randn(mask.shape, generator=source)
+    advantages = torch.randn(len(completions), generator=source)
 
     trainer.loss_type = kind
     ids, seen = sampling.padded(prompts, model.device, left=True)
-    batch = {"prompt_ids": ids, "prompt_mask": seen, "completion_ids": found.tokens, "advantages": advantages}
-    batch |= {"completion_mask": found.mask.long(), "old_per_token_logps": old, "num_items_in_batch": found.mask.sum()}
-    logits, kept = sampling.completion_logits(model, prompts, rows, temperature=trainer.temperature)
-    logprobs = sampling.completion_logprobs(logits, kept, rows)
+    batch = {"prompt_ids": ids, "prompt_mask": seen, "completion_ids": sampled.tokens, "advantages": advantages}
+    batch |= {"completion_mask": mask.long(), "old_per_token_logps": old, "num_items_in_batch": mask.sum()}
+    logits, kept = sampling.completion_logits(model, prompts, completions, temperature=trainer.temperature)
+    logprobs = sampling.completion_logprobs(logits, kept, completions)
     options = {"clip_eps": trainer.epsilon_low, "longest": longest if normalise == "constant" else None}
-    both = [trainer.compute_loss(model, batch)]
-    both.append(policy.grpo_loss(logprobs, old, advantages, mask=kept, normalise=normalise, **options))
+    pair = [trainer.compute_loss(model, batch)]
+    pair.append(policy.grpo_loss(logprobs, old, advantages, mask=kept, normalise=normalise, **options))
     weights = list(models.trainable(model).values())
-    return [(x.detach(), torch.cat([part.flatten() for part in torch.autograd.grad(x, weights)])) for x in both]
+    return [(x.detach(), torch.cat([part.flatten() for part in torch.autograd.grad(x, weights)])) for x in pair]
 
 
 def difference(trainer: GRPOTrainer, *, seed: int) -> float:
