@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from limbeck import params
-from limbeck.experiments.nola import budgets, fig_convolution
+from limbeck.experiments.nola import budgets, convolution
 from limbeck.experiments.runs import Cell
 from limbeck.tasks.images import Images
 
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("nola", "fig_convolution", "smoke", fig_convolution.Params)
+    return params.load("nola", "fig_convolution", "smoke", convolution.Params)
 
 
 def attached(section, arm, budget=4, seed=0):
-    work = fig_convolution.work(section, seed)
+    work = convolution.work(section, seed)
     return work, budgets.attach(section, work, arm, budget, seed=seed)
 
 
@@ -26,7 +26,7 @@ def test_parts_are_other_images_of_the_classes_and_the_same_for_all_seeds(sectio
     images = Images(numbers[:, None, None, None].repeat(1, 1, 4, 4), torch.arange(60) % 5, numbers >= 50)
     monkeypatch.setattr(budgets, "_loaded", lambda name: images)
     small = dataclasses.replace(section, train_size=4, validation_size=3, test_size=2, pool=2)
-    made = budgets.parts(small, (3, 1))
+    made = budgets.splits(small, (3, 1))
     rows = {name: (part.images[:, 0, 0, 0] * 255).round().int().tolist() for name, part in made.items()}
     assert {name: len(found) for name, found in rows.items()} == {"train": 8, "validation": 6, "test": 4}
     assert len({row for found in rows.values() for row in found}) == 18, "an image lies in two parts"
@@ -34,7 +34,7 @@ def test_parts_are_other_images_of_the_classes_and_the_same_for_all_seeds(sectio
         assert [(3, 1)[label] for label in part.labels.tolist()] == [row % 5 for row in rows[name]]
         assert part.images.shape[1:] == (1, 2, 2)
     assert max(max(found) for found in rows.values()) < 50, "held images are not drawn"
-    again = budgets.parts(small, (3, 1))
+    again = budgets.splits(small, (3, 1))
     assert all(torch.equal(made[name].images, again[name].images) for name in made)
 
 
@@ -59,13 +59,13 @@ def test_coefficients_are_the_budget_a_matrix_and_leave_the_start_as_it_is(secti
     adapted = {name: p.numel() for name, p in parameters.items() if not work.free(name)}
     assert sum(adapted.values()) == budget * 6
     x = work.data["train"].images
-    base = fig_convolution.work(section, 0).model
+    base = convolution.work(section, 0).model
     assert torch.equal(work.model.eval()(x), base.eval()(x)), "an update that is 0 must add nothing"
 
 
 def test_only_the_arms_parameters_and_the_free_ones_train(section):
     names = {arm: set(attached(section, arm)[1]) for arm in budgets.ARMS}
-    whole = dict(fig_convolution.work(section, 0).model.named_parameters())
+    whole = dict(convolution.work(section, 0).model.named_parameters())
     free = {name for name in whole if "norm" in name or name.startswith("head")}
     assert names["none"] == free
     assert names["full"] == set(whole)
@@ -110,8 +110,8 @@ def test_cells_come_in_two_turns_and_an_added_seed_changes_none(section):
 
 
 def test_the_digits_that_are_read_are_part_of_what_a_cell_depends_on():
-    whole = params.load("nola", "fig_convolution", "full", fig_convolution.Params)
-    assert all(len(cell.inputs["assets"]) == 1 for cell in fig_convolution.cells(whole, range(5)))
+    whole = params.load("nola", "fig_convolution", "full", convolution.Params)
+    assert all(len(cell.inputs["assets"]) == 1 for cell in convolution.cells(whole, range(5)))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,6 @@ class Section:
     save_every: int
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         for arm in self.arms:
             one_of("arm", arm, ARMS)
         for rate in self.rates:
@@ -68,7 +67,7 @@ class Section:
             raise ValueError(f"received budgets {self.budgets}, expected at least 2 each: NOLA has two factors")
 
 
-class Part(NamedTuple):
+class Split(NamedTuple):
     """A split: images in [0, 1] and their classes."""
 
     images: Tensor
@@ -79,7 +78,7 @@ class Work(NamedTuple):
     """A model, its data, the names of the layers to adapt, and which other parameters are free."""
 
     model: nn.Module
-    data: dict[str, Part]
+    data: dict[str, Split]
     targets: list[str]
     free: Callable[[str], bool]
 
@@ -88,31 +87,31 @@ def cells(section: Section, seeds: Sequence[int], *, first: int) -> list[Cell]:
     """The rates of every arm and budget in turn `first`, then what they chose by seed."""
     inputs = {name: value for name, value in asdict(section).items() if name not in _NOT_INPUTS}
     inputs |= {"assets": assets.checksums(section.data)}
-    places = [
+    points = [
         {"arm": arm, "budget": budget} for arm in section.arms for budget in (section.budgets if arm in SIZED else (0,))
     ]
     tried = [
-        Cell({"phase": "selection", **at, "rate": rate, "seed": section.selection_seed}, inputs, wave=first)
-        for at in places
+        Cell({"phase": "selection", **point, "rate": rate, "seed": section.selection_seed}, inputs, wave=first)
+        for point in points
         for rate in section.rates
     ]
     chosen = inputs | {"rates": section.rates}
     return tried + [
-        Cell({"phase": "final", **at, "by": by, "seed": seed}, chosen, wave=first + 1)
+        Cell({"phase": "final", **point, "by": by, "seed": seed}, chosen, wave=first + 1)
         for seed in seeds
-        for at in places
+        for point in points
         for by in section.criteria
     ]
 
 
 def rate_of(cell: Cell, found: Sequence[dict[str, Any]]) -> float:
     """The cell's own rate, or its arm's and budget's with the lowest loss by its criterion, the smallest of equals."""
-    at = cell.coordinates
-    if "rate" in at:
-        return at["rate"]
-    own = {"phase": "selection", "arm": at["arm"], "budget": at["budget"]}
+    coordinates = cell.coordinates
+    if "rate" in coordinates:
+        return coordinates["rate"]
+    own = {"phase": "selection", "arm": coordinates["arm"], "budget": coordinates["budget"]}
     tried = [record for record in found if own.items() <= record["cell"].items()]
-    best = min(tried, key=lambda run: (run["metrics"][f"{at['by']}/loss"], run["cell"]["rate"]))
+    best = min(tried, key=lambda run: (run["metrics"][f"{coordinates['by']}/loss"], run["cell"]["rate"]))
     return best["cell"]["rate"]
 
 
@@ -121,15 +120,15 @@ def _loaded(name: str) -> images.Images:
     return images.load(name)
 
 
-def parts(section: Section, classes: Sequence[int]) -> dict[str, Part]:
+def splits(section: Section, classes: Sequence[int]) -> dict[str, Split]:
     """Train, validation and test: other images of the same classes, drawn by the data's own seed."""
-    found = _loaded(section.data).of(classes)
-    source, among, made = seeding.generator(section.data_seed, "split"), ~found.held, {}
+    whole = _loaded(section.data).of(classes)
+    source, among, by_name = seeding.generator(section.data_seed, "split"), ~whole.held, {}
     for name in ("train", "validation", "test"):
-        rows = images.choose(found.labels, among, getattr(section, f"{name}_size"), source)
+        rows = images.choose(whole.labels, among, getattr(section, f"{name}_size"), source)
         among[rows] = False
-        made[name] = Part(F.avg_pool2d(found.at(rows), section.pool), found.labels[rows])
-    return made
+        by_name[name] = Split(F.avg_pool2d(whole.at(rows), section.pool), whole.labels[rows])
+    return by_name
 
 
 def attach(section: Section, work: Work, arm: str, budget: int, *, seed: int) -> dict[str, nn.Parameter]:
@@ -151,9 +150,9 @@ def attach(section: Section, work: Work, arm: str, budget: int, *, seed: int) ->
 
 def fit(
     section: Section,
-    place: Workspace,
+    workspace: Workspace,
     model: nn.Module,
-    train: Part,
+    train: Split,
     *,
     order: torch.Generator,
     steps: int,
@@ -163,36 +162,36 @@ def fit(
     rows = rollouts.batches(len(train.labels), size=section.batch_size, steps=steps, source=order)
 
     def loss(chosen: Tensor) -> dict[str, Tensor]:
-        logits = model(train.images[chosen].to(place.device))
-        return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(place.device))}
+        logits = model(train.images[chosen].to(workspace.device))
+        return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(workspace.device))}
 
     batches = [torch.tensor(chosen) for chosen in rows]
-    options = {"clip_norm": section.clip_norm, "state": place.state, "save_every": section.save_every}
+    options = {"clip_norm": section.clip_norm, "state": workspace.state, "save_every": section.save_every}
     return supervised.fit(models.trainable(model), loss, batches, learning_rate=rate, **options)
 
 
-def run(cell: Cell, section: Section, place: Workspace, work: Work) -> Steps:
-    """Train an arm at a rate and measure it; yields once a step."""
-    at, train = cell.coordinates, work.data["train"]
-    rate, seed = rate_of(cell, place.records), at["seed"]
-    model = work.model.to(place.device)
-    parameters = attach(section, work, at["arm"], at["budget"], seed=seed)
+def run(cell: Cell, section: Section, workspace: Workspace, work: Work) -> Steps:
+    """Train an arm at a rate and measure it; yields once per step."""
+    coordinates, train = cell.coordinates, work.data["train"]
+    rate, seed = rate_of(cell, workspace.records), coordinates["seed"]
+    model = work.model.to(workspace.device)
+    parameters = attach(section, work, coordinates["arm"], coordinates["budget"], seed=seed)
     options = {"order": seeding.generator(seed, "order"), "steps": section.steps, "rate": rate}
-    curve = yield from fit(section, place, model, train, **options)
-    resnet.measure_statistics(model, train.images.to(place.device))
+    curve = yield from fit(section, workspace, model, train, **options)
+    resnet.measure_statistics(model, train.images.to(workspace.device))
     counted = sum(parameter.numel() for name, parameter in parameters.items() if not work.free(name))
-    metrics = {"adapter/coefficients": float(counted if at["arm"] in SIZED else 0), "selection/rate": rate}
-    metrics |= scores(model, work.data, place.device, test=at["phase"] == "final")
+    metrics = {"adapter/coefficients": float(counted if coordinates["arm"] in SIZED else 0), "selection/rate": rate}
+    metrics |= scores(model, work.data, workspace.device, test=coordinates["phase"] == "final")
     return Result(metrics, curve, sum(parameter.numel() for parameter in parameters.values()))
 
 
 @torch.no_grad()
-def scores(model: nn.Module, data: dict[str, Part], device: torch.device, *, test: bool) -> dict[str, float]:
+def scores(model: nn.Module, data: dict[str, Split], device: torch.device, *, test: bool) -> dict[str, float]:
     """Mean cross-entropy in nats and accuracy of every split; of the test split only where it is asked for."""
-    found = {}
+    by_name = {}
     for name, part in data.items():
         if name != "test" or test:
             logits = torch.cat([model(batch.to(device)).cpu() for batch in part.images.split(256)])
-            found[f"{name}/loss"] = F.cross_entropy(logits, part.labels).item()
-            found[f"{name}/accuracy"] = classifier.accuracy(logits, part.labels)
-    return found
+            by_name[f"{name}/loss"] = F.cross_entropy(logits, part.labels).item()
+            by_name[f"{name}/accuracy"] = classifier.accuracy(logits, part.labels)
+    return by_name

@@ -32,7 +32,6 @@ class Params(budgets.Section):
     base_rate: float
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         super().__post_init__()
         positive(width=self.width, base_steps=self.base_steps, base_rate=self.base_rate)
 
@@ -65,26 +64,26 @@ def perceptron(inputs: int, width: int, classes: int, seed: int) -> nn.Sequentia
     return model
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> budgets.Steps:
-    """Train and score one cell; yields once a step."""
-    at, base = cell.coordinates, cell.coordinates["phase"] == "base"
-    data = budgets.parts(params, BEFORE if base else AFTER)
-    model = perceptron(data["train"].images[0].numel(), params.width, len(AFTER), at["seed"])
+def run(cell: Cell, params: Params, workspace: Workspace) -> budgets.Steps:
+    """Train and score one cell; yields once per step."""
+    coordinates, base = cell.coordinates, cell.coordinates["phase"] == "base"
+    data = budgets.splits(params, BEFORE if base else AFTER)
+    model = perceptron(data["train"].images[0].numel(), params.width, len(AFTER), coordinates["seed"])
     if base:
-        return (yield from _pretrain(params, model, data, place, at["seed"]))
-    model.load_state_dict(load_file(place.checkpoints / _file(at["seed"])), strict=False)  # all but the head
+        return (yield from _pretrain(params, model, data, workspace, coordinates["seed"]))
+    model.load_state_dict(load_file(workspace.checkpoints / _file(coordinates["seed"])), strict=False)  # not the head
     work = budgets.Work(model, data, list(HIDDEN), lambda name: name.startswith("head"))
-    return (yield from budgets.run(cell, params, place, work))
+    return (yield from budgets.run(cell, params, workspace, work))
 
 
 def _pretrain(
-    params: Params, model: nn.Module, data: dict[str, budgets.Part], place: Workspace, seed: int
+    params: Params, model: nn.Module, data: dict[str, budgets.Split], workspace: Workspace, seed: int
 ) -> budgets.Steps:
     """Train the whole network and leave its hidden layers."""
-    model, order = model.to(place.device), seeding.generator(seed, "base order")
+    model, order = model.to(workspace.device), seeding.generator(seed, "base order")
     options = {"order": order, "steps": params.base_steps, "rate": params.base_rate}
-    curve = yield from budgets.fit(params, place, model, data["train"], **options)
-    left = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
-    resume.write_tensors(place.checkpoints / _file(seed), left)
+    curve = yield from budgets.fit(params, workspace, model, data["train"], **options)
+    hidden = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
+    resume.write_tensors(workspace.checkpoints / _file(seed), hidden)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Result(budgets.scores(model, data, place.device, test=False), curve, count)
+    return Result(budgets.scores(model, data, workspace.device, test=False), curve, count)

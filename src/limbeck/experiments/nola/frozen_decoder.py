@@ -1,6 +1,6 @@
-"""What NOLA's experiments on text share: meanings and what people said for them, a frozen decoder, and its scores.
+"""A frozen decoder and its texts, meanings and what people said for them: what NOLA's experiments on text share.
 
-A cell of the first turn leaves the states below the adapted layers (`text_model`), in two halves for two processes.
+Cells of the first wave leave the states below the adapted layers (`texts`), in two halves for two processes.
 """
 
 import functools
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import models
 from limbeck.evaluation import text_overlap
-from limbeck.experiments.nola import adapting, text_model
-from limbeck.experiments.nola.adapting import Model
-from limbeck.experiments.nola.text_model import Pair, Texts
+from limbeck.experiments.nola import arms, texts
+from limbeck.experiments.nola.arms import Model
+from limbeck.experiments.nola.texts import Pair, Texts
 from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.models import language
 from limbeck.params import positive
@@ -32,7 +32,7 @@ _HALVES = 2
 
 
 @dataclass(frozen=True)
-class Section(adapting.Settings):
+class Section(arms.AdapterSettings):
     """Model, data and their sizes in params/nola.yaml; sources stand there. `layers` are the last ones, 0 for all.
 
     `split_sizes` counts meanings. `train_texts` texts are drawn from those to train on (-1: all); of those to validate
@@ -51,7 +51,6 @@ class Section(adapting.Settings):
     save_every: int
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         super().__post_init__()
         positive(references=self.references, longest=self.longest, save_every=self.save_every)
 
@@ -104,18 +103,18 @@ def state_cells(section: Section, inputs: dict[str, Any]) -> list[Cell]:
     return [Cell({"phase": STATES, "arm": "none", "half": half}, inputs, (name,)) for half, name in enumerate(files)]
 
 
-def write_states(cell: Cell, bench: "Bench") -> Generator[dict[str, float], None, Result]:
+def write_states(cell: Cell, decoder: "FrozenDecoder") -> Generator[dict[str, float], None, Result]:
     """Run such a cell: the states of every other text."""
-    pairs = bench.all_pairs()[cell.coordinates["half"] :: _HALVES]
+    pairs = decoder.all_pairs()[cell.coordinates["half"] :: _HALVES]
     yield {"step": 1, "steps": 1}
-    found = text_model.states(bench.decoder(), pairs, bench.section.layers)
-    resume.write_tensors(bench.place.checkpoints / cell.checkpoint_files[0], {STATES: torch.cat(found)})
-    return Result({"states/tokens": float(sum(map(len, found)))})
+    states = texts.states(decoder.decoder(), pairs, decoder.section.layers)
+    resume.write_tensors(decoder.place.checkpoints / cell.checkpoint_files[0], {STATES: torch.cat(states)})
+    return Result({"states/tokens": float(sum(map(len, states)))})
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What every cell works with."""
+class FrozenDecoder:
+    """A section's decoder and texts where one cell runs: what it learns from, and what it is measured on."""
 
     section: Section
     place: Workspace
@@ -132,7 +131,7 @@ class Bench:
 
     def dtype(self, model: Model) -> torch.dtype:
         """The dtype of the model's matrix products."""
-        width = text_model.base(model).config.hidden_size
+        width = texts.base(model).config.hidden_size
         return models.precision(self.place.precision, width=width, where=self.place.device)
 
     def all_pairs(self) -> list[Pair]:
@@ -148,9 +147,9 @@ class Bench:
         pairs, below = self.all_pairs(), {}
         for half in range(_HALVES):
             rows = range(half, len(pairs), _HALVES)
-            found = load_file(self.place.checkpoints / f"{STATES}_{half}.safetensors", device=str(self.place.device))
-            cut = found[STATES].split([len(pairs[row].read) for row in rows])
-            below |= dict(zip(rows, cut, strict=True))
+            tensors = load_file(self.place.checkpoints / f"{STATES}_{half}.safetensors", device=str(self.place.device))
+            states = tensors[STATES].split([len(pairs[row].read) for row in rows])
+            below |= dict(zip(rows, states, strict=True))
         whole, rows = Texts(pairs, [below[row] for row in range(len(pairs))], layers), iter(range(len(pairs)))
         return {name: whole.rows(list(itertools.islice(rows, len(part)))) for name, part in parts.items()}
 
@@ -160,29 +159,29 @@ class Bench:
         """Train what is trainable, by `supervised.fit`; the curve is of what is minimised, smoothed labels and all."""
         options = {"clip_norm": self.section.clip_norm, "state": self.place.state}
         options |= {"save_every": self.section.save_every, "learning_rate": learning_rate}
-        loss = text_model.loss_of(model, self.texts["train"], self.dtype(model), smoothing=smoothing)
+        loss = texts.loss_of(model, self.texts["train"], self.dtype(model), smoothing=smoothing)
         drawn = batches(self.texts["train"].pairs, size=size, steps=steps, seed=seed)
         return supervised.fit(models.trainable(model), loss, drawn, **options)
 
     def validation_loss(self, model: Model) -> float:
         """Mean over the tokens of the texts to validate on, in nats."""
-        return text_model.mean_loss(model, self.texts["validation"], self.dtype(model))
+        return texts.mean_loss(model, self.texts["validation"], self.dtype(model))
 
-    def sentences(self, model: Model, found: Sequence[Meaning], beams: int) -> list[str]:
+    def sentences(self, model: Model, asked: Sequence[Meaning], beams: int) -> list[str]:
         """What the whole model says for each meaning: the best of some beams; with 1, each time the likeliest token."""
-        prompts, tokenizer = [self.data.prompt(meaning) for meaning in found], self.data.tokenizer
+        prompts, tokenizer = [self.data.prompt(meaning) for meaning in asked], self.data.tokenizer
         options = {"end": tokenizer.eos_token_id, "longest": self.section.longest, "dtype": self.dtype(model)}
-        said = functools.partial(text_model.said_by_beams, beams=beams) if beams > 1 else text_model.said
-        return [tokenizer.decode(tokens).strip() for tokens in said(model, prompts, **options)]
+        complete = functools.partial(texts.beam_completions, beams=beams) if beams > 1 else texts.greedy_completions
+        return [tokenizer.decode(tokens).strip() for tokens in complete(model, prompts, **options)]
 
     def test_scores(self, model: Model, beams: int) -> dict[str, float]:
-        """BLEU and ROUGE-L in [0, 100], and where slots are known the errors a slot, of what is said for the test."""
-        test, texts = self.data.test, self.sentences(model, self.data.test, beams)
-        found = text_overlap.overlaps(texts, [meaning.texts for meaning in test])
+        """BLEU and ROUGE-L in [0, 100], and where slots are known the errors per slot, of what is said for the test."""
+        test, sentences = self.data.test, self.sentences(model, self.data.test, beams)
+        scores = text_overlap.overlaps(sentences, [meaning.texts for meaning in test])
         if slots := sum(len(meaning.slots) for meaning in test):
-            wrong = sum(meanings.slot_errors(meaning, text) for meaning, text in zip(test, texts, strict=True))
-            found["slot_error_rate"] = wrong / slots
-        return {f"test/{name}": value for name, value in found.items()}
+            wrong = sum(meanings.slot_errors(meaning, text) for meaning, text in zip(test, sentences, strict=True))
+            scores["slot_error_rate"] = wrong / slots
+        return {f"test/{name}": value for name, value in scores.items()}
 
 
 def require_smoothing(smoothing: float) -> None:
@@ -193,7 +192,7 @@ def require_smoothing(smoothing: float) -> None:
 
 def batches(pairs: Sequence[Pair], *, size: int, steps: int, seed: int) -> list[Tensor]:
     """The rows of every step, epoch after epoch, texts of like length together (`classification.batches`)."""
-    lengths, found = torch.tensor([len(pair.read) for pair in pairs]), []
-    while len(found) < steps:
-        found += classification.batches(lengths, size=size, seed=seed, epoch=len(found))
-    return found[:steps]
+    lengths, drawn = torch.tensor([len(pair.read) for pair in pairs]), []
+    while len(drawn) < steps:
+        drawn += classification.batches(lengths, size=size, seed=seed, epoch=len(drawn))
+    return drawn[:steps]

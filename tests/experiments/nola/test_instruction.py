@@ -13,8 +13,9 @@ from torch import nn
 import cells
 from limbeck import params
 from limbeck.adapters.layer import NolaLayer
-from limbeck.experiments.nola import instruction_bench, table_instruction, text_model
-from limbeck.experiments.nola.instruction_bench import Bench
+from limbeck.experiments.nola import instruction
+from limbeck.experiments.nola import texts as text_loss
+from limbeck.experiments.nola.instruction import InstructionDecoder
 from limbeck.models import language
 from limbeck.tasks import instructions, meanings
 from limbeck.tasks.instructions import Question
@@ -24,17 +25,17 @@ SCORES = {"train/loss", "validation/loss", "validation/gap", "test/accuracy", "t
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("nola", "table_instruction", "smoke", table_instruction.Params)
+    return params.load("nola", "table_instruction", "smoke", instruction.Params)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     folder = tmp_path_factory.mktemp("instruction")
-    return cells.run_all(table_instruction, section, folder, seeds=(0, 1)), folder
+    return cells.run_all(instruction, section, folder, seeds=(0, 1)), folder
 
 
 def bench(section, folder):
-    return Bench(section, cells.place(folder, "x"))
+    return InstructionDecoder(section, cells.place(folder, "x"))
 
 
 def alone(model, prompt, target):
@@ -127,7 +128,7 @@ def test_the_likeliest_choice_is_found_by_the_mean_of_its_tokens_and_by_their_su
     model, hits = moved(made.attach("nola", seed=0)), Counter()
     found = made.accuracies(model)
     listed = iter(made.data.pairs["choices"])
-    logprobs = instruction_bench.choice_logprobs(model, made.texts["choices"], torch.float32)
+    logprobs = instruction.choice_logprobs(model, made.texts["choices"], torch.float32)
     twin = moved(made.attach("nola", seed=0))
     for at, question in enumerate(made.data.questions):
         told = [alone(twin, *dataclasses.astuple(next(listed))) for _ in question.choices]
@@ -143,7 +144,7 @@ def test_a_long_right_answer_wins_by_the_mean_and_loses_by_the_sum(section, tmp_
     made = bench(section, tmp_path)
     made.__dict__["data"] = dataclasses.replace(made.data, questions=[Question("?", ("a", "b", "c", "d"), 1)])
     made.__dict__["texts"] = {"choices": None}
-    monkeypatch.setattr(instruction_bench, "choice_logprobs", lambda *_: told)
+    monkeypatch.setattr(instruction, "choice_logprobs", lambda *_: told)
     assert made.accuracies(made.decoder()) == {"test/accuracy": 1.0, "test/accuracy_of_sums": 0.0}
 
 
@@ -174,8 +175,8 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(section, tm
     made = bench(dataclasses.replace(section, layers=0, longest=40), tmp_path)
     model, texts, rows = moved(made.attach("nola", seed=0)).double(), made.texts["train"], torch.arange(7)
     assert len({len(texts.pairs[row].target) for row in range(7)}) > 1, "else any mean of means would do"
-    whole, gradients, before = text_model.loss_of(model, texts, torch.float32), [], global_generators()
-    for loss in (whole, instruction_bench.in_parts(whole, texts, 3)):
+    whole, gradients, before = text_loss.loss_of(model, texts, torch.float32), [], global_generators()
+    for loss in (whole, instruction.in_parts(whole, texts, 3)):
         model.zero_grad()
         value = loss(rows)["loss/ce"]
         value.backward()
@@ -188,11 +189,11 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(section, tm
 def test_a_killed_cell_goes_on_to_the_same_bits(ran, section):
     found, folder = ran
     whole = cells.pick(found, phase="final", arm="nola", seed=1)
-    (cell,) = [c for c in table_instruction.cells(section, (0, 1)) if c.coordinates == whole["cell"]]
+    (cell,) = [c for c in instruction.cells(section, (0, 1)) if c.coordinates == whole["cell"]]
     where = cells.place(folder, "cut", [run for run in found if run["wave"] < 2])
-    assert cells.drive(table_instruction, section, cell, where, kill_at=2) is None
+    assert cells.drive(instruction, section, cell, where, kill_at=2) is None
     torch.rand(7)
-    assert vars(cells.drive(table_instruction, section, cell, where)).items() <= whole.items()
+    assert vars(cells.drive(instruction, section, cell, where)).items() <= whole.items()
 
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}=>"
@@ -224,7 +225,7 @@ def folders(tmp_path_factory):
     language.load("llama-2x32", tokenizer, seed=0).save_pretrained(folder / "model")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "model")
-    committed = params.load("nola", "table_instruction", "paper", table_instruction.Params)
+    committed = params.load("nola", "table_instruction", "paper", instruction.Params)
     small = {
         "model": str(folder / "model"),
         "data": f"alpaca/{folder / 'alpaca'}",
@@ -243,7 +244,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_paper_section_runs_on_a_llama_from_a_folder_with_the_same_columns(folders, tmp_path):
-    found = cells.run_all(table_instruction, folders, tmp_path)
+    found = cells.run_all(instruction, folders, tmp_path)
     assert {run["cell"]["phase"] for run in found} == {"selection", "final"}, "all layers are adapted: no states"
     final = {run["cell"]["arm"]: run for run in found if run["cell"]["phase"] == "final"}
     assert set(final) == {"none", "lora_1", "nola"}
@@ -283,7 +284,7 @@ def test_a_model_in_four_bits_has_levels_near_its_weights_and_learns_by_either_a
 
 
 def test_of_alpaca_and_mmlu_the_prompts_are_those_of_the_released_kind(folders):
-    data = instruction_bench.prepare(folders)
+    data = instruction.prepare(folders)
     assert (len(data.train), len(data.validation), len(data.questions)) == (8, 4, 10), (
         "a text without an answer is left"
     )
@@ -301,7 +302,7 @@ def test_of_alpaca_and_mmlu_the_prompts_are_those_of_the_released_kind(folders):
 
 
 def test_a_chat_has_an_empty_system_turn_and_one_of_the_user(folders):
-    data = instruction_bench.prepare(dataclasses.replace(folders, chat=True))
+    data = instruction.prepare(dataclasses.replace(folders, chat=True))
     asked = data.train[0]
     wanted = data.tokenizer(f"<system>  <user> {asked.instruction} =>{asked.text}", add_special_tokens=False)[
         "input_ids"
@@ -330,6 +331,6 @@ def test_a_section_that_cannot_be_run_is_refused(section, change, message):
 
 def test_seeds_and_chats_that_are_not_there_are_refused(section):
     with pytest.raises(ValueError, match=r"received the seeds \(5,\), expected at least 2"):
-        table_instruction.cells(section, (5,))
+        instruction.cells(section, (5,))
     with pytest.raises(ValueError, match="received chat: true, expected a chat template"):
-        instruction_bench.prepare(dataclasses.replace(section, chat=True))
+        instruction.prepare(dataclasses.replace(section, chat=True))

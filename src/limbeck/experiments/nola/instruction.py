@@ -1,12 +1,18 @@
-"""A decoder that follows instructions: its texts in tokens, its losses, and which of four answers it finds likeliest.
+"""The LLaMA table's pattern: no adapter, LoRA of rank 1 and a much smaller NOLA, on every linear layer but the head.
 
-An instruction is put in the model's chat template, with an empty system turn, or, without one, in Alpaca's form. The
-answer with the largest mean log-probability of a token is the model's; the sum is measured too.
+The states below the adapted layers come first. Then a run of one seed for each learning rate and method; of the same
+number of rates each method gets that with the smallest validation loss. Then the arms by seed, which fixes the start
+and the order of the texts. The questions are answered after the last step; they choose nothing.
+
+An instruction is put in the model's chat template, with an empty system turn, or, without one, in Alpaca's form. Of the
+four answers to a question, that with the largest mean log-probability of a token is the model's; the sum is measured
+too.
 """
 
 import functools
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import assets, models
-from limbeck.experiments.nola import instruction_adapting, text_bench, text_model
-from limbeck.experiments.nola.adapting import Model
-from limbeck.experiments.nola.text_model import Pair, Texts
+from limbeck.experiments.nola import arms, frozen_decoder, texts
+from limbeck.experiments.nola.arms import Model
+from limbeck.experiments.nola.texts import Pair, Texts, by_length, target_logits
+from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.models import language
 from limbeck.params import one_of, positive
 from limbeck.sampling import Tokens
@@ -25,11 +32,14 @@ from limbeck.tasks.instructions import Asked, Question
 from limbeck.training import supervised
 from limbeck.training.supervised import Terms
 
+ARMS = ("none", "lora_1", "nola")
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_UNTRAINED = "none"
 _PLAIN = "### Instruction:\n{}\n\n### Response:"
 
 
 @dataclass(frozen=True)
-class Section(text_bench.Section):
+class Section(frozen_decoder.Section):
     """The section of params/nola.yaml but for arms and rates; sources stand there.
 
     `split_sizes` as in `instruction_texts.load`. Gradients of a batch are computed `micro_texts` texts at a time, which
@@ -47,12 +57,83 @@ class Section(text_bench.Section):
     steps: int
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         super().__post_init__()
         positive(longest_prompt=self.longest_prompt, nola_share=self.nola_share, micro_texts=self.micro_texts)
         positive(batch_size=self.batch_size, steps=self.steps)
         one_of("base_bits", self.base_bits, (4, 32))
         instructions.require_pair(self.data, self.questions)
+
+
+@dataclass(frozen=True)
+class Params(Section):
+    """The section of params/nola.yaml; sources stand there. Of the seeds, the first `replicates` are used."""
+
+    arms: tuple[str, ...]
+    lora_rates: tuple[float, ...]
+    nola_rates: tuple[float, ...]
+    selection_seed: int
+    replicates: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for arm in self.arms:
+            one_of("arm", arm, ARMS)
+        if not 0 < len(self.lora_rates) == len(self.nola_rates):
+            raise ValueError(f"received rates {self.lora_rates} and {self.nola_rates}, expected as many of each")
+
+    def rates(self, arm: str) -> tuple[float, ...]:
+        """The learning rates that are tried."""
+        return {_UNTRAINED: (0.0,), "lora_1": self.lora_rates}.get(arm, self.nola_rates)
+
+
+def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
+    """The states, the choice of each arm's rate, then the arms by seed. Raises ValueError for too few seeds."""
+    if len(seeds) < params.replicates:
+        raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
+    inputs = {name: value for name, value in asdict(params).items() if name not in ("arms", "replicates")}
+    inputs["assets"] = assets.checksums(params.model, params.data)
+    planned = frozen_decoder.state_cells(params, inputs)
+    for arm in params.arms:
+        for rate in params.rates(arm):
+            coordinates = {"phase": "selection", "arm": arm, "learning_rate": rate, "seed": params.selection_seed}
+            planned.append(Cell(coordinates, inputs, wave=1))
+    for seed in seeds[: params.replicates]:
+        planned += [Cell({"phase": "final", "arm": arm, "seed": seed}, inputs, wave=2) for arm in params.arms]
+    return planned
+
+
+def run(cell: Cell, params: Params, place: Workspace) -> Generator[dict[str, float], None, Result]:
+    """Run one cell; yields once per step."""
+    decoder, coordinates = InstructionDecoder(params, place), cell.coordinates
+    if coordinates["phase"] == frozen_decoder.STATES:
+        return (yield from frozen_decoder.write_states(cell, decoder))
+    arm, final = coordinates["arm"], coordinates["phase"] == "final"
+    rate = chosen(arm, place) if final else coordinates["learning_rate"]
+    if arm == _UNTRAINED and final:  # the same for every seed: as measured once
+        yield {"step": 1, "steps": 1}
+        (record,) = _selection(arm, place)
+        return Result(record["metrics"], {}, 0, record["dtype"])
+    model, curve = decoder.attach(arm, seed=coordinates["seed"]), {}
+    if arm == _UNTRAINED:
+        yield {"step": 1, "steps": 1}
+    else:
+        curve = yield from decoder.train(model, learning_rate=rate, seed=coordinates["seed"])
+    metrics = {"adapter/learning_rate": rate, "adapter/parameters": float(arms.trainable_count(model))}
+    metrics["validation/loss"] = decoder.loss(model, "validation")
+    if final or arm == _UNTRAINED:
+        metrics |= {"train/loss": decoder.loss(model, "train"), **decoder.accuracies(model)}
+        metrics["validation/gap"] = metrics["validation/loss"] - metrics["train/loss"]
+    return Result(metrics, curve, arms.trainable_count(model), str(decoder.dtype(model)).removeprefix("torch."))
+
+
+def chosen(arm: str, place: Workspace) -> float:
+    """The learning rate with the smallest validation loss; of equals the smallest."""
+    best = min(_selection(arm, place), key=lambda r: (r["metrics"]["validation/loss"], r["cell"]["learning_rate"]))
+    return best["cell"]["learning_rate"]
+
+
+def _selection(arm: str, place: Workspace) -> list[dict[str, Any]]:
+    return [r for r in place.records if r["cell"]["phase"] == "selection" and r["cell"]["arm"] == arm]
 
 
 @dataclass(frozen=True)
@@ -66,7 +147,7 @@ class Data:
     questions: list[Question]
 
     def prompt(self, said: str, *, plain: bool) -> Tokens:
-        """An instruction in the section's form, or a plain text, as its last tokens."""
+        """An instruction in the section's form, or a plain said, as its last tokens."""
         if self.section.chat and not plain:
             turns = [{"role": "system", "content": ""}, {"role": "user", "content": said}]
             ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
@@ -76,8 +157,8 @@ class Data:
 
     def answer(self, text: str, *, plain: bool) -> Tokens:
         """What follows a prompt, without an end token; after a space, where no turn of a chat has begun."""
-        said = text if self.section.chat and not plain else f" {text}"
-        return tuple(self.tokenizer(said, add_special_tokens=False)["input_ids"])
+        spaced = text if self.section.chat and not plain else f" {text}"
+        return tuple(self.tokenizer(spaced, add_special_tokens=False)["input_ids"])
 
     def pair(self, asked: Asked) -> Pair:
         """An instruction and its answer, which ends in the end token unless it is cut."""
@@ -87,13 +168,13 @@ class Data:
     @functools.cached_property
     def pairs(self) -> dict[str, list[Pair]]:
         """What is learned, what the loss is measured on, and every choice of every question."""
-        found = {name: [self.pair(asked) for asked in getattr(self, name)] for name in ("train", "validation")}
-        found["choices"] = [
+        parts = {name: [self.pair(asked) for asked in getattr(self, name)] for name in ("train", "validation")}
+        parts["choices"] = [
             Pair(self.prompt(question.prompt, plain=question.plain), self.answer(choice, plain=question.plain))
             for question in self.questions
             for choice in question.choices
         ]
-        return found
+        return parts
 
 
 @functools.lru_cache(maxsize=2)
@@ -108,8 +189,8 @@ def prepare(section: Section) -> Data:
     return Data(section, tokenizer, *parts)
 
 
-class Bench(text_bench.Bench):
-    """What every cell works with."""
+class InstructionDecoder(frozen_decoder.FrozenDecoder):
+    """A frozen decoder that follows instructions, and which of four answers it finds likeliest."""
 
     @functools.cached_property
     def data(self) -> Data:
@@ -124,34 +205,47 @@ class Bench(text_bench.Bench):
     def attach(self, arm: str, *, seed: int) -> Model:
         """The frozen model with the arm's adapter."""
         section, options = self.section, {"layers": self.section.layers, "share": self.section.nola_share, "seed": seed}
-        return instruction_adapting.attach(arm, self.decoder(), section, **options)
+        return attach(arm, self.decoder(), section, **options)
 
     def train(
         self, model: Model, *, learning_rate: float, seed: int
     ) -> Generator[dict[str, float], None, supervised.Curve]:
         """Train the adapter, by `supervised.fit`."""
-        section, texts = self.section, self.texts["train"]
-        loss = in_parts(text_model.loss_of(model, texts, self.dtype(model)), texts, section.micro_texts)
-        drawn = text_bench.batches(texts.pairs, size=section.batch_size, steps=section.steps, seed=seed)
+        section, learned = self.section, self.texts["train"]
+        loss = in_parts(texts.loss_of(model, learned, self.dtype(model)), learned, section.micro_texts)
+        drawn = frozen_decoder.batches(learned.pairs, size=section.batch_size, steps=section.steps, seed=seed)
         options = {"clip_norm": section.clip_norm, "state": self.place.state, "save_every": section.save_every}
         return supervised.fit(models.trainable(model), loss, drawn, learning_rate=learning_rate, **options)
 
     def loss(self, model: Model, part: str) -> float:
         """Mean over the answers' tokens, the end token among them, in nats."""
-        return text_model.mean_loss(model, self.texts[part], self.dtype(model))
+        return texts.mean_loss(model, self.texts[part], self.dtype(model))
 
     def accuracies(self, model: Model) -> dict[str, float]:
         """The share of questions whose right answer is the likeliest: by the mean over its tokens, and by their sum."""
         logprobs = choice_logprobs(model, self.texts["choices"], self.dtype(model))
-        questions, at, right = self.data.questions, 0, {"accuracy": 0, "accuracy_of_sums": 0}
+        questions, start, right = self.data.questions, 0, {"accuracy": 0, "accuracy_of_sums": 0}
         for question in questions:
-            mine, at = logprobs[at : at + len(question.choices)], at + len(question.choices)
+            mine, start = logprobs[start : start + len(question.choices)], start + len(question.choices)
             for name, values in {
                 "accuracy": [x.mean() for x in mine],
                 "accuracy_of_sums": [x.sum() for x in mine],
             }.items():
                 right[name] += int(torch.stack(values).argmax()) == question.answer
         return {f"test/{name}": count / len(questions) for name, count in right.items()}
+
+
+def attach(
+    arm: str, model: PreTrainedModel, settings: arms.AdapterSettings, *, layers: int, share: float, seed: int
+) -> Model:
+    """The frozen model with the arm's adapter in its last `layers` layers, all with 0; `share` is NOLA's of LoRA's."""
+    if arm == "none":
+        return model
+    chosen, drawn = arms.last_layers(model, layers), {"seed": seed, "targets": LINEAR_LAYERS}
+    if arm == "lora_1":
+        return arms.attach_lora(model, chosen, rank=1, scale=settings.lora_scale, **drawn)
+    number = arms.bases_for(model, chosen, share, LINEAR_LAYERS)
+    return arms.attach_nola(model, chosen, rank=settings.nola_rank, number=number, scale=settings.nola_scale, **drawn)
 
 
 def in_four_bits(name: str, where: torch.device) -> PreTrainedModel:
@@ -181,11 +275,11 @@ def in_parts(loss: Callable[[Tensor], Terms], texts: Texts, size: int) -> Callab
 @torch.no_grad()
 def choice_logprobs(model: Model, texts: Texts, dtype: torch.dtype) -> list[Tensor]:
     """log p of each token of each target, in nats."""
-    found: dict[int, Tensor] = {}
-    for rows in text_model.by_length(texts.pairs):
+    by_row: dict[int, Tensor] = {}
+    for rows in by_length(texts.pairs):
         some = texts.rows(rows)
         with models.autocast(model.device, dtype):
-            logits, tokens = text_model.target_logits(model, some)
+            logits, tokens = target_logits(model, some)
         values = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        found |= dict(zip(rows, values.split([len(pair.target) for pair in some.pairs]), strict=True))
-    return [found[row] for row in range(len(texts))]
+        by_row |= dict(zip(rows, values.split([len(pair.target) for pair in some.pairs]), strict=True))
+    return [by_row[row] for row in range(len(texts))]

@@ -23,7 +23,6 @@ class Params:
     draws: int
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         positive(d=self.d, draws=self.draws)
         for rank in self.ranks:
             positive(rank=rank)
@@ -32,12 +31,12 @@ class Params:
 
 
 def cells(params: Params, _seeds: Sequence[int]) -> list[Cell]:
-    """A cell a method, rank and budget, over all draws of the bases, which are the replicates."""
+    """One cell per method, rank and budget, over all draws of the bases, which are the replicates."""
     inputs = {name: value for name, value in asdict(params).items() if name in ("d", "draws")}
-    found = [{"arm": "nola", "rank": rank, "budget": p} for rank in params.ranks for p in params.budgets]
-    found += [{"arm": "pranc", "rank": 0, "budget": p} for p in params.budgets]
-    found += [{"arm": "lora", "rank": rank, "budget": 2 * params.d * rank} for rank in params.ranks]
-    return [Cell(at, inputs) for at in found]
+    planned = [{"arm": "nola", "rank": rank, "budget": p} for rank in params.ranks for p in params.budgets]
+    planned += [{"arm": "pranc", "rank": 0, "budget": p} for p in params.budgets]
+    planned += [{"arm": "lora", "rank": rank, "budget": 2 * params.d * rank} for rank in params.ranks]
+    return [Cell(coordinates, inputs) for coordinates in planned]
 
 
 def expected(arm: str, *, d: int, rank: int, budget: int) -> tuple[int, int]:
@@ -54,17 +53,19 @@ def expected(arm: str, *, d: int, rank: int, budget: int) -> tuple[int, int]:
     return min((budget // 2) ** 2, d * d), min(budget - 1, manifold)
 
 
-def run(cell: Cell, params: Params, _place: Workspace) -> Generator[dict[str, float], None, Result]:
-    """Every draw of the bases; yields once a draw."""
-    at = cell.coordinates
-    span, jacobian = expected(at["arm"], d=params.d, rank=at["rank"], budget=at["budget"])
-    half = at["budget"] // 2
-    found: dict[str, list[float]] = {}
+def run(cell: Cell, params: Params, _workspace: Workspace) -> Generator[dict[str, float], None, Result]:
+    """Every draw of the bases; yields once per draw."""
+    coordinates = cell.coordinates
+    span, jacobian = expected(coordinates["arm"], d=params.d, rank=coordinates["rank"], budget=coordinates["budget"])
+    half = coordinates["budget"] // 2
+    metrics: dict[str, list[float]] = {}
     for draw in range(params.draws):
-        reached = reach(at["arm"], d=params.d, num_basis=(half, half), r=max(1, at["rank"]), seed=draw)
+        reached = reach(
+            coordinates["arm"], d=params.d, num_basis=(half, half), r=max(1, coordinates["rank"]), seed=draw
+        )
         values = {"span": reached.span, "span_excess": reached.span - span, "share": reached.span / params.d**2}
         values |= {"jacobian": reached.jacobian, "jacobian_excess": reached.jacobian - jacobian}
         for name, value in values.items():
-            found.setdefault(f"rank/{name}", []).append(float(value))
+            metrics.setdefault(f"rank/{name}", []).append(float(value))
         yield {"step": draw + 1, "steps": params.draws}
-    return Result(found, {}, reached.numbers, "float64")
+    return Result(metrics, {}, reached.numbers, "float64")

@@ -1,4 +1,4 @@
-"""NOLA beside LoRA, VeRA and full fine-tuning on meanings and texts: arms by seed, `table_text` and its two kin.
+"""NOLA beside LoRA, VeRA and full fine-tuning on meanings and texts: arms by seed, of `table_text` and its two kin.
 
 A seed fixes the order of the texts, the same for every arm, and what an adapter draws. Each arm takes the learning rate
 of lowest validation loss after one run of `selection_seed`, from as many rates for each method; `none` has none to
@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from limbeck import assets
-from limbeck.experiments.nola import adapting, text_bench, text_model
-from limbeck.experiments.nola.adapting import Model
-from limbeck.experiments.nola.text_bench import Bench
+from limbeck.experiments.nola import arms, frozen_decoder, texts
+from limbeck.experiments.nola.arms import Model
+from limbeck.experiments.nola.frozen_decoder import FrozenDecoder
 from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import one_of, positive
 
@@ -24,7 +24,7 @@ _NOT_INPUTS = ("arms", "replicates", *(f"{method}_rates" for method in _GRIDS))
 
 
 @dataclass(frozen=True)
-class Params(text_bench.Section):
+class Params(frozen_decoder.Section):
     """The section of params/nola.yaml; sources stand there. Of the seeds, the first `replicates` are used."""
 
     vera_rank: int
@@ -42,16 +42,15 @@ class Params(text_bench.Section):
     full_rates: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         super().__post_init__()
         for arm in self.arms:
-            one_of("arm", arm, adapting.ARMS)
+            one_of("arm", arm, arms.ARMS)
         sizes = {method: len(getattr(self, f"{method}_rates")) for method in _GRIDS}
         if len(set(sizes.values())) > 1 or 0 in sizes.values():
             raise ValueError(f"received {sizes} learning rates, expected as many for each method")
         positive(replicates=self.replicates, steps=self.steps, batch_size=self.batch_size)
         positive(selection_steps=self.selection_steps, vera_rank=self.vera_rank, beams=self.beams)
-        text_bench.require_smoothing(self.smoothing)
+        frozen_decoder.require_smoothing(self.smoothing)
 
     def rates(self, arm: str) -> tuple[float, ...]:
         """What an arm's learning rate is chosen from."""
@@ -64,57 +63,57 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
         raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
     inputs = {name: value for name, value in asdict(params).items() if name not in _NOT_INPUTS}
     inputs["assets"] = assets.checksums(params.model, params.data)
-    found = text_bench.state_cells(params, inputs)
+    planned = frozen_decoder.state_cells(params, inputs)
     for arm in params.arms:
         for rate in params.rates(arm):
-            at = {"phase": "selection", "arm": arm, "rate": rate, "seed": params.selection_seed}
-            found.append(Cell(at, inputs, wave=1))
+            coordinates = {"phase": "selection", "arm": arm, "rate": rate, "seed": params.selection_seed}
+            planned.append(Cell(coordinates, inputs, wave=1))
     for seed in seeds[: params.replicates]:
         for arm in params.arms:
-            at = {"phase": "final", "arm": arm, "seed": seed}
+            coordinates = {"phase": "final", "arm": arm, "seed": seed}
             again = arm == "none" and seed != seeds[0]
-            found.append(Cell(at, inputs | {"rates": params.rates(arm)}, wave=2 + again))
-    return sorted(found, key=lambda cell: cell.wave)
+            planned.append(Cell(coordinates, inputs | {"rates": params.rates(arm)}, wave=2 + again))
+    return sorted(planned, key=lambda cell: cell.wave)
 
 
 def run(cell: Cell, params: Params, place: Workspace) -> Steps:
-    """Train and score one cell; yields once a step."""
-    at, bench = cell.coordinates, Bench(params, place)
-    if at["phase"] == text_bench.STATES:
-        return (yield from text_bench.write_states(cell, bench))
-    options = {"layers": params.layers, "vera_rank": params.vera_rank, "seed": at["seed"]}
-    model = adapting.attach(at["arm"], bench.decoder(), params, **options)
-    if at["arm"] == "none":
+    """Train and score one cell; yields once per step."""
+    coordinates, decoder = cell.coordinates, FrozenDecoder(params, place)
+    if coordinates["phase"] == frozen_decoder.STATES:
+        return (yield from frozen_decoder.write_states(cell, decoder))
+    options = {"layers": params.layers, "vera_rank": params.vera_rank, "seed": coordinates["seed"]}
+    model = arms.attach(coordinates["arm"], decoder.decoder(), params, **options)
+    if coordinates["arm"] == "none":
         yield {"step": 1, "steps": 1}
-        return Result(_untrained(model, bench, at["seed"]), dtype=_spelled(bench.dtype(model)))
-    selecting = at["phase"] == "selection"
-    rate = at["rate"] if selecting else _chosen(at["arm"], place)
+        return Result(_untrained(model, decoder, coordinates["seed"]), dtype=_spelled(decoder.dtype(model)))
+    selecting = coordinates["phase"] == "selection"
+    rate = coordinates["rate"] if selecting else _chosen(coordinates["arm"], place)
     steps = params.selection_steps if selecting else params.steps
-    options = {"size": params.batch_size, "steps": steps, "smoothing": params.smoothing, "seed": at["seed"]}
-    curve = yield from bench.fit(model, learning_rate=rate, **options)
-    metrics = {"train/loss": curve["loss/ce"][-1], "validation/loss": bench.validation_loss(model)}
+    options = {"size": params.batch_size, "steps": steps, "smoothing": params.smoothing, "seed": coordinates["seed"]}
+    curve = yield from decoder.fit(model, learning_rate=rate, **options)
+    metrics = {"train/loss": curve["loss/ce"][-1], "validation/loss": decoder.validation_loss(model)}
     if not selecting:
-        metrics |= {"chosen/rate": rate, **_size(model), **bench.test_scores(model, params.beams)}
-    return Result(metrics, curve, adapting.count(model), _spelled(bench.dtype(model)))
+        metrics |= {"chosen/rate": rate, **_size(model), **decoder.test_scores(model, params.beams)}
+    return Result(metrics, curve, arms.trainable_count(model), _spelled(decoder.dtype(model)))
 
 
-def _untrained(model: Model, bench: Bench, seed: int) -> dict[str, float]:
+def _untrained(model: Model, decoder: FrozenDecoder, seed: int) -> dict[str, float]:
     """What the model says without an adapter; only the texts of the last steps differ from seed to seed."""
-    params, texts = bench.section, bench.texts["train"]
-    drawn = text_bench.batches(texts.pairs, size=params.batch_size, steps=params.steps, seed=seed)
+    params, learned = decoder.section, decoder.texts["train"]
+    drawn = frozen_decoder.batches(learned.pairs, size=params.batch_size, steps=params.steps, seed=seed)
     last = drawn[(params.steps - 1) // params.save_every * params.save_every :]
-    loss = text_model.loss_of(model, texts, bench.dtype(model))
+    loss = texts.loss_of(model, learned, decoder.dtype(model))
     with torch.no_grad():
         metrics = {"train/loss": sum(loss(rows)["loss/ce"].item() for rows in last) / len(last)}
-    known = [record["metrics"] for record in bench.place.records if record["cell"]["arm"] == "none"]
-    if found := [record for record in known if "validation/loss" in record]:
-        return metrics | {name: value for name, value in found[0].items() if name != "train/loss"}
-    test = bench.test_scores(model, params.beams)
-    return metrics | {"validation/loss": bench.validation_loss(model), **_size(model), **test}
+    untrained = [record["metrics"] for record in decoder.place.records if record["cell"]["arm"] == "none"]
+    if scored := [scores for scores in untrained if "validation/loss" in scores]:
+        return metrics | {name: value for name, value in scored[0].items() if name != "train/loss"}
+    test = decoder.test_scores(model, params.beams)
+    return metrics | {"validation/loss": decoder.validation_loss(model), **_size(model), **test}
 
 
 def _size(model: Model) -> dict[str, float]:
-    parameters, taken = adapting.count(model), adapting.bytes_on_disk(model)
+    parameters, taken = arms.trainable_count(model), arms.bytes_on_disk(model)
     return {"storage/parameters": float(parameters), "storage/bytes": float(taken)}
 
 
