@@ -3,9 +3,8 @@
 from limbeck.adapters.config import NolaConfig
 from limbeck.adapters.conversion import quantise, to_lora
 from limbeck.adapters.pranc import attach_pranc
-from limbeck.adapters.reach import reach
 from limbeck.adapters.register import register
 
 register()
 
-__all__ = ["NolaConfig", "attach_pranc", "quantise", "reach", "to_lora"]
+__all__ = ["NolaConfig", "attach_pranc", "quantise", "to_lora"]

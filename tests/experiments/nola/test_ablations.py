@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import cells
 from limbeck import models, params, records
-from limbeck.experiments.nola import ablations, arms, frozen_decoder
+from limbeck.experiments.nola import ablations, arms
 from limbeck.experiments.nola.ablations import SmallSoftmax
 from limbeck.experiments.nola.frozen_decoder import FrozenDecoder
 
@@ -50,7 +50,7 @@ def whole_loss(made, model, kept):
 
 def held(made, section, folder, point, seed):
     """A whole model with the adapter that a run of the centre left, and its numbers."""
-    model = ablations._attached(point | {"seed": seed}, section, FrozenDecoder(section, made.place))
+    model = ablations._attached(point | {"seed": seed}, section, FrozenDecoder(section, made.workspace))
     weights = load_file(folder / f"{point['arm']}-{seed}.safetensors")
     assert list(weights) == sorted(models.trainable(model))
     return model, weights
@@ -106,7 +106,7 @@ def test_with_all_layers_adapted_the_softmax_is_over_the_whole_vocabulary(sectio
     loss = cells.drive(ablations, whole, found[0], cells.place(tmp_path, "x")).metrics["validation/loss"]
     made = bench(whole, tmp_path)
     kept = list(range(len(made.data.tokenizer)))
-    assert loss == pytest.approx(whole_loss(made, made.decoder(), kept), rel=1e-5)
+    assert loss == pytest.approx(whole_loss(made, made.load(), kept), rel=1e-5)
 
 
 def test_every_arm_has_the_numbers_that_its_point_says(ran):
@@ -161,7 +161,7 @@ def test_of_equal_losses_the_smallest_rate_is_chosen_and_another_method_does_not
         for (name, tried), loss in losses.items()
     ]
     found.append({"cell": {"phase": "sweep", "arm": "nola", "log2_rate": -1.0}, "metrics": {"validation/loss": 0.1}})
-    assert ablations._chosen(arm, cells.place(tmp_path, "x", found)) == rate
+    assert ablations._chosen_rate(arm, cells.place(tmp_path, "x", found)) == rate
 
 
 def test_without_the_scale_sixteen_bases_take_a_rate_that_is_four_times_smaller(ran):
@@ -214,22 +214,6 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, wanted, global_generators):
     before = global_generators()
     assert vars(cells.drive(ablations, section, cell, where)).items() <= whole.items()
     assert global_generators() == before
-
-
-def test_labels_are_smoothed_as_the_section_says(section, tmp_path, monkeypatch):
-    told, fit = [], FrozenDecoder.fit
-
-    def fitted(self, model, **options):
-        told.append(options["smoothing"])
-        return fit(self, model, **options)
-
-    monkeypatch.setattr(FrozenDecoder, "fit", fitted)
-    smoothed = dataclasses.replace(section, smoothing=0.25)
-    cell = next(c for c in ablations.cells(smoothed, (0, 1)) if c.coordinates["phase"] == "choice")
-    for states in (c for c in ablations.cells(smoothed, (0, 1)) if c.coordinates["phase"] == frozen_decoder.STATES):
-        cells.drive(ablations, smoothed, states, cells.place(tmp_path, "states"))
-    cells.drive(ablations, smoothed, cell, cells.place(tmp_path, "x"))
-    assert told == [0.25]
 
 
 def test_an_added_seed_and_an_added_point_change_no_other_cell(section):

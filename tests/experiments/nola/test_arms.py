@@ -103,10 +103,13 @@ def test_lora_starts_by_kaimings_rule_from_its_seed_at_the_given_scale():
     assert layer.scaling["default"] == 8.0
 
 
-def test_nola_takes_any_further_field_of_its_config_and_its_scale():
-    model = arms.attach_nola(llama(), [0, 1], rank=4, number=(3, 5), scale=0.5, seed=7, quant_bits=4, share_basis=False)
+def test_nola_takes_its_scale_and_its_kind_of_bases():
+    model = arms.attach_nola(
+        llama(), [0, 1], rank=4, number=(3, 5), scale=0.5, seed=7, share_basis=False, distribution="normal"
+    )
     config = model.peft_config["default"]
-    assert (config.r, config.numbers, config.basis_seed, config.quant_bits) == (4, (3, 5), 7, 4)
+    assert (config.r, config.numbers, config.basis_seed, config.basis_distribution) == (4, (3, 5), 7, "normal")
+    assert not config.share_basis
     assert to_lora(model)[1].lora_alpha / to_lora(model)[1].r == 0.5
     assert arms.trainable_count(model) == 4 * 8
 

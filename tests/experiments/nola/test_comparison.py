@@ -59,12 +59,12 @@ def test_without_an_adapter_only_the_last_texts_differ_between_seeds(ran, sectio
     assert {name for name in first if first[name] != second[name]} == {"train/loss"}
     bench = FrozenDecoder(section, cells.place(folder, "again"))
     assert first["validation/loss"] == pytest.approx(
-        text_loss.mean_loss(bench.decoder(), bench.texts["validation"], torch.float32)
+        text_loss.mean_loss(bench.load(), bench.texts["validation"], torch.float32)
     )
     texts = bench.texts["train"]
     for seed, metrics in enumerate((first, second)):
         *_, last = frozen_decoder.batches(texts.pairs, size=section.batch_size, steps=section.steps, seed=seed)
-        expected = text_loss.mean_loss(bench.decoder(), texts.rows(last.tolist()), torch.float32)
+        expected = text_loss.mean_loss(bench.load(), texts.rows(last.tolist()), torch.float32)
         assert metrics["train/loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -105,21 +105,16 @@ def own(tmp_path_factory):
     return dataclasses.replace(committed, **small, longest=8, replicates=1, save_every=1, nola_rank=2)
 
 
-def test_labels_are_smoothed_and_beams_are_as_many_as_the_section_says(own, tmp_path, monkeypatch):
-    told, fit, scores = [], FrozenDecoder.fit, FrozenDecoder.test_scores
-
-    def fitted(self, model, **options):
-        told.append(options["smoothing"])
-        return fit(self, model, **options)
+def test_beams_are_as_many_as_the_section_says(own, tmp_path, monkeypatch):
+    counts, scores = [], FrozenDecoder.test_scores
 
     def scored(self, model, beams):
-        told.append(beams)
+        counts.append(beams)
         return scores(self, model, beams)
 
-    monkeypatch.setattr(FrozenDecoder, "fit", fitted)
     monkeypatch.setattr(FrozenDecoder, "test_scores", scored)
     cells.run_all(comparison, dataclasses.replace(own, arms=("none", "nola")), tmp_path)
-    assert set(told) == {own.smoothing, own.beams} == {0.1, 10}
+    assert set(counts) == {own.beams} == {10}
 
 
 def test_the_papers_section_runs_on_a_gpt2_and_texts_from_folders(own, tmp_path):

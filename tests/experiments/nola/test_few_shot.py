@@ -207,7 +207,7 @@ def test_a_choice_averages_over_subsets_and_breaks_a_tie_by_loss():
         record(0.4, 0, 1.0, 0.1, arm="lora_1"),
         record(0.5, 0, 1.0, 0.1, shots=10),
     ]
-    assert few_shot._chosen(at, dataclasses.replace(cells.place(paths.ROOT, "x"), records=records)) == 0.3
+    assert few_shot._chosen_rate(at, dataclasses.replace(cells.place(paths.ROOT, "x"), records=records)) == 0.3
 
 
 def test_a_run_that_was_left_goes_on_to_the_same_numbers(section, folder, found, global_generators):

@@ -85,7 +85,7 @@ def test_without_an_adapter_every_seed_has_the_scores_of_the_model_itself(ran, s
     found, folder = ran
     one, other = (cells.pick(found, phase="final", arm="none", seed=seed)["metrics"] for seed in (0, 1))
     assert one == other
-    model, made = bench(section, folder).decoder(), bench(section, folder)
+    model, made = bench(section, folder).load(), bench(section, folder)
     told = [alone(model, pair.prompt, pair.target) for pair in made.data.pairs["validation"]]
     assert one["validation/loss"] == pytest.approx(-torch.cat(told).mean().item(), rel=1e-5)
 
@@ -93,7 +93,7 @@ def test_without_an_adapter_every_seed_has_the_scores_of_the_model_itself(ran, s
 @pytest.mark.parametrize("arm", ["lora_1", "nola"])
 def test_every_linear_layer_of_the_adapted_layers_is_adapted_and_no_other(section, tmp_path, arm):
     made = bench(dataclasses.replace(section, nola_share=0.3), tmp_path)
-    plain = {name for name, layer in made.decoder().named_modules() if isinstance(layer, nn.Linear)}
+    plain = {name for name, layer in made.load().named_modules() if isinstance(layer, nn.Linear)}
     wanted = {name for name in plain if name.startswith("model.layers.1.")}
     assert len(wanted) == 7
     model = made.attach(arm, seed=0)
@@ -101,7 +101,7 @@ def test_every_linear_layer_of_the_adapted_layers_is_adapted_and_no_other(sectio
     assert {
         name.removeprefix("base_model.model.").partition(".lora_")[0].partition(".nola_")[0] for name in trained
     } == (wanted)
-    shapes = [dict(made.decoder().named_modules())[name].weight.shape for name in wanted]
+    shapes = [dict(made.load().named_modules())[name].weight.shape for name in wanted]
     lora, count = sum(map(sum, shapes)), sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     share = {"lora_1": 1.0, "nola": 0.3}[arm]
     assert share * lora - 2 * len(wanted) < count <= share * lora
@@ -113,7 +113,7 @@ def test_every_linear_layer_of_the_adapted_layers_is_adapted_and_no_other(sectio
 def test_a_start_changes_nothing_and_is_the_seeds(section, tmp_path):
     made = bench(section, tmp_path)
     ids = torch.tensor([made.data.pairs["train"][0].read])
-    plain = made.decoder()(input_ids=ids).logits
+    plain = made.load()(input_ids=ids).logits
     for arm in ("lora_1", "nola"):
         torch.testing.assert_close(made.attach(arm, seed=0)(input_ids=ids).logits, plain)
         outputs = [moved(made.attach(arm, seed=seed))(input_ids=ids).logits for seed in (0, 0, 1)]
@@ -145,7 +145,7 @@ def test_a_long_right_answer_wins_by_the_mean_and_loses_by_the_sum(section, tmp_
     made.__dict__["data"] = dataclasses.replace(made.data, questions=[Question("?", ("a", "b", "c", "d"), 1)])
     made.__dict__["texts"] = {"choices": None}
     monkeypatch.setattr(instruction, "choice_logprobs", lambda *_: told)
-    assert made.accuracies(made.decoder()) == {"test/accuracy": 1.0, "test/accuracy_of_sums": 0.0}
+    assert made.accuracies(made.load()) == {"test/accuracy": 1.0, "test/accuracy_of_sums": 0.0}
 
 
 def test_questions_have_a_text_of_the_meaning_and_three_of_meanings_one_slot_away_that_nothing_is_trained_on():
@@ -251,7 +251,7 @@ def test_the_paper_section_runs_on_a_llama_from_a_folder_with_the_same_columns(f
     assert all(set(run["metrics"]) >= SCORES for run in final.values())
     assert final["nola"]["trainable_parameters"] < 0.05 * final["lora_1"]["trainable_parameters"]
     made = bench(folders, tmp_path)
-    model, hits = made.decoder(), []
+    model, hits = made.load(), []
     for question in made.data.questions:
         prompt = made.data.tokenizer(question.prompt)["input_ids"]
         letters = [made.data.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"] for letter in "ABCD"]
@@ -263,8 +263,8 @@ def test_the_paper_section_runs_on_a_llama_from_a_folder_with_the_same_columns(f
 def test_a_model_in_four_bits_has_levels_near_its_weights_and_learns_by_either_adapter(folders, tmp_path):
     folders = dataclasses.replace(folders, steps=6)
     made, plain = bench(folders, tmp_path), bench(dataclasses.replace(folders, base_bits=32), tmp_path)
-    weights = {name: layer.weight for name, layer in plain.decoder().named_modules() if isinstance(layer, nn.Linear)}
-    held = {name: layer for name, layer in made.decoder().named_modules() if isinstance(layer, Linear4bit)}
+    weights = {name: layer.weight for name, layer in plain.load().named_modules() if isinstance(layer, nn.Linear)}
+    held = {name: layer for name, layer in made.load().named_modules() if isinstance(layer, Linear4bit)}
     assert set(held) == set(weights) - {"lm_head"}
     for name, layer in held.items():
         found = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
@@ -274,7 +274,7 @@ def test_a_model_in_four_bits_has_levels_near_its_weights_and_learns_by_either_a
         made = bench(folders, tmp_path / arm)
         model = made.attach(arm, seed=0)
         before, base = made.loss(model, "train"), {name: value.clone() for name, value in model.state_dict().items()}
-        list(made.train(model, learning_rate=rate, seed=0))
+        list(made.fit(model, learning_rate=rate, steps=folders.steps, seed=0))
         assert made.loss(model, "train") < before
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, base[name])}
         assert changed

@@ -185,7 +185,7 @@ def test_the_halves_hold_the_states_of_all_texts(section, tmp_path):
     assert frozen_decoder.state_cells(dataclasses.replace(section, layers=0), {}) == []
     for cell in found:
         list(frozen_decoder.write_states(cell, bench))
-    whole = text_loss.states(bench.decoder(), bench.all_pairs(), section.layers)
+    whole = text_loss.states(bench.load(), bench.all_pairs(), section.layers)
     kept = [*bench.texts["train"].below, *bench.texts["validation"].below]
     assert len(kept) == len(whole) == len(bench.all_pairs())
     for left, right in zip(kept, whole, strict=True):
@@ -195,7 +195,7 @@ def test_the_halves_hold_the_states_of_all_texts(section, tmp_path):
 def test_scores_are_of_the_test_meanings(section, tmp_path, monkeypatch):
     bench = FrozenDecoder(section, cells.place(tmp_path, "x"))
     monkeypatch.setattr(FrozenDecoder, "sentences", lambda self, model, asked, beams: [m.texts[0] for m in asked])
-    base = bench.decoder()
+    base = bench.load()
     perfect = {"test/bleu": 100, "test/rouge_l": 100, "test/slot_error_rate": 0}
     assert bench.test_scores(base, 1) == pytest.approx(perfect)
     monkeypatch.setattr(FrozenDecoder, "sentences", lambda self, model, asked, beams: ["[odd]" for _ in asked])
@@ -206,12 +206,12 @@ def test_scores_are_of_the_test_meanings(section, tmp_path, monkeypatch):
 def test_what_a_section_says_of_labels_and_beams_reaches_training_and_decoding(section, tmp_path, monkeypatch):
     section, first = dataclasses.replace(section, layers=0), {}
     for smoothing in (0.0, 0.3):
+        section = dataclasses.replace(section, smoothing=smoothing, batch_size=4)
         bench = FrozenDecoder(section, cells.place(tmp_path, f"{smoothing}"))
-        model = arms.attach("nola", bench.decoder(), section, layers=0, vera_rank=4, seed=0)
-        options = {"learning_rate": 0.1, "size": 4, "steps": 1, "seed": 0}
-        first[smoothing] = next(bench.fit(model, smoothing=smoothing, **options))["loss/ce"]
+        model = arms.attach("nola", bench.load(), section, layers=0, vera_rank=4, seed=0)
+        first[smoothing] = next(bench.fit(model, learning_rate=0.1, steps=1, seed=0))["loss/ce"]
         (rows,) = frozen_decoder.batches(bench.texts["train"].pairs, size=4, steps=1, seed=0)
-        fresh = arms.attach("nola", bench.decoder(), section, layers=0, vera_rank=4, seed=0)
+        fresh = arms.attach("nola", bench.load(), section, layers=0, vera_rank=4, seed=0)
         loss = text_loss.loss_of(fresh, bench.texts["train"], torch.float32, smoothing=smoothing)
         assert first[smoothing] == pytest.approx(loss(rows)["loss/ce"].item())
     assert first[0.0] != first[0.3]

@@ -24,11 +24,12 @@ from limbeck.adapters.basis import DISTRIBUTIONS
 from limbeck.adapters.quantisation import require_bits
 from limbeck.experiments.nola import arms, frozen_decoder
 from limbeck.experiments.nola.texts import Pair, Texts
-from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.experiments.runs import Cell, Result, Workspace, best, result
 from limbeck.params import one_of, positive
 from limbeck.training import resume
 
 Steps = Generator[dict[str, float], None, Result]
+Point = dict[str, Any]  # coordinates of a cell
 KINDS = (*DISTRIBUTIONS, "orthogonal")  # of bases
 MODES = ("after", "training")  # when numbers are rounded
 _WHICH = ("ranks", "bases", "kinds", "bits", "sweep_bases", "replicates")  # which cells there are, not what they are
@@ -72,9 +73,9 @@ class SmallSoftmax(frozen_decoder.FrozenDecoder):
         """The tokens that occur in targets, to learn or to validate on."""
         return sorted({token for pair in self.all_pairs() for token in pair.target})
 
-    def decoder(self) -> PreTrainedModel:
+    def load(self) -> PreTrainedModel:
         """The model, frozen; its head has a row for each kept token."""
-        model = super().decoder()
+        model = super().load()
         if self.section.layers:
             rows = model.get_output_embeddings().weight.detach()[self.kept]
             head = nn.utils.skip_init(nn.Linear, rows.shape[1], len(rows), bias=False)
@@ -97,16 +98,16 @@ class SmallSoftmax(frozen_decoder.FrozenDecoder):
         }
 
 
-def _point(arm: str, rank: int, basis: int) -> dict[str, Any]:
+def _point(arm: str, rank: int, basis: int) -> Point:
     return {"arm": arm, "rank": rank, "basis": basis}
 
 
-def _centre(params: Params) -> list[dict[str, Any]]:
+def _centre(params: Params) -> list[Point]:
     """Where rates are chosen and bits are counted."""
     return [_point("lora_1", 1, 0), _point("nola", params.nola_rank, params.basis)]
 
 
-def _points(params: Params) -> list[dict[str, Any]]:
+def _points(params: Params) -> list[Point]:
     """What is trained at the chosen rates."""
     ranks = [_point("nola", rank, params.basis) for rank in params.ranks]
     bases = [_point("nola", params.nola_rank, basis) for basis in params.bases]
@@ -115,7 +116,7 @@ def _points(params: Params) -> list[dict[str, Any]]:
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
 
-def _swept(params: Params) -> list[dict[str, Any]]:
+def _swept(params: Params) -> list[Point]:
     """What the whole grid of rates is run for."""
     scales = ("nola", "nola_unscaled")
     return [_centre(params)[0], *(_point(arm, params.nola_rank, k) for k in params.sweep_bases for arm in scales)]
@@ -149,83 +150,91 @@ def _file(arm: str, seed: int) -> str:
     return f"{arm}-{seed}.safetensors"
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> Steps:
+def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     """Train and measure one cell; yields once per step."""
-    coordinates, decoder = cell.coordinates, SmallSoftmax(params, place)
+    coordinates, decoder = cell.coordinates, SmallSoftmax(params, workspace)
     if coordinates["phase"] == frozen_decoder.STATES:
         return (yield from frozen_decoder.write_states(cell, decoder))
     if coordinates["phase"] == "before":
         yield {"step": 1, "steps": 1}
-        model = decoder.decoder()
-        return _result(decoder, model, {"validation/loss": decoder.validation_loss(model)})
+        model = decoder.load()
+        return _result(decoder, model, {"validation/loss": decoder.loss(model, "validation")})
     if coordinates["phase"] == "bits":
         return (yield from _rounded(coordinates, params, decoder))
     model = _attached(coordinates, params, decoder)
-    rate = coordinates["log2_rate"] if "log2_rate" in coordinates else _chosen(coordinates["arm"], place)
+    rate = coordinates["log2_rate"] if "log2_rate" in coordinates else _chosen_rate(coordinates["arm"], workspace)
     curve = yield from _train(model, coordinates, params, decoder, rate)
     if cell.checkpoint_files:
-        resume.write_tensors(place.checkpoints / cell.checkpoint_files[0], dict(models.trainable(model)))
-    metrics = {"validation/loss": decoder.validation_loss(model), "rate/log2": float(rate)}
+        resume.write_tensors(workspace.checkpoints / cell.checkpoint_files[0], dict(models.trainable(model)))
+    metrics = {"validation/loss": decoder.loss(model, "validation"), "rate/log2": float(rate)}
     return _result(decoder, model, metrics | {"adapter/bytes": float(arms.number_bytes(model, None))}, curve)
 
 
-def _chosen(arm: str, place: Workspace) -> float:
-    """The logarithm of the rate of the arm's method; of equals the smallest."""
-    method = "lora_1" if arm.startswith("lora") else "nola"
-    tried = [run for run in place.records if {"phase": "choice", "arm": method}.items() <= run["cell"].items()]
-    best = min(tried, key=lambda run: (run["metrics"]["validation/loss"], run["cell"]["log2_rate"]))
-    return best["cell"]["log2_rate"]
+def _chosen_rate(arm: str, workspace: Workspace) -> float:
+    """The logarithm of the rate of the arm's method."""
+    where = {"phase": "choice", "arm": "lora_1" if arm.startswith("lora") else "nola"}
+    return best(workspace.records, where, "log2_rate", ["validation/loss"], highest=[False])
 
 
-def _attached(point: dict[str, Any], params: Params, decoder: frozen_decoder.FrozenDecoder) -> PeftModel:
+def _attached(point: Point, params: Params, decoder: frozen_decoder.FrozenDecoder) -> PeftModel:
     """The frozen model with a point's adapter, untrained."""
-    model, arm, seed = arms.unfuse(decoder.decoder()), point["arm"], point["seed"]
+    model, arm, seed = arms.unfuse(decoder.load()), point["arm"], point["seed"]
     layers = arms.last_layers(model, params.layers)
     if arm.startswith("lora"):
         return arms.attach_lora(model, layers, rank=point["rank"], scale=params.lora_scale, seed=seed)
-    kind = {"basis_distribution": arm} if arm in DISTRIBUTIONS else {}
-    options = {"rank": point["rank"], "number": point["basis"], "scale": params.nola_scale, "seed": seed}
-    model = arms.attach_nola(model, layers, **options, share_basis=arm != "nola_unique", **kind)
+    size = {"rank": point["rank"], "number": point["basis"], "scale": params.nola_scale}
+    kind = {"share_basis": arm != "nola_unique", "distribution": arm if arm in DISTRIBUTIONS else "uniform"}
+    model = arms.attach_nola(model, layers, **size, **kind, seed=seed)
     if arm == "orthogonal":
         arms.orthogonalise(model)
     return model
 
 
 def _train(
-    model: PeftModel, point: dict[str, Any], params: Params, decoder: SmallSoftmax, log2_rate: float
+    model: PeftModel, point: Point, params: Params, decoder: SmallSoftmax, log2_rate: float
 ) -> Generator[dict[str, float], None, dict[str, list[float]]]:
     """The steps of one cell; an arm that leaves out the scale has its own way of them."""
     rate = 2.0**log2_rate * (arms.unscale(model) if point["arm"] == "nola_unscaled" else 1.0)
-    options = {"size": params.batch_size, "steps": params.steps, "smoothing": params.smoothing, "seed": point["seed"]}
-    return (yield from decoder.fit(model, learning_rate=rate, **options))
+    return (yield from decoder.fit(model, learning_rate=rate, steps=params.steps, seed=point["seed"]))
 
 
-def _rounded(at: dict[str, Any], params: Params, decoder: SmallSoftmax) -> Steps:
+def _rounded(coordinates: Point, params: Params, decoder: SmallSoftmax) -> Steps:
     """The centre's adapter rounded, or trained anew with rounded numbers; what either loses against full precision."""
-    (point,) = (point for point in _centre(params) if point["arm"] == at["arm"])
-    model, curve = _attached(at | point, params, decoder), {}
-    if at["mode"] == "training":
-        arms.round_in_training(model, at["bits"])
-        curve = yield from _train(model, at, params, decoder, _chosen(at["arm"], decoder.place))
+    (point,) = (point for point in _centre(params) if point["arm"] == coordinates["arm"])
+    model, curve = _attached(coordinates | point, params, decoder), {}
+    if coordinates["mode"] == "training":
+        arms.round_in_training(model, coordinates["bits"])
+        curve = yield from _train(
+            model, coordinates, params, decoder, _chosen_rate(coordinates["arm"], decoder.workspace)
+        )
     else:
         yield {"step": 1, "steps": 1}
-        weights = load_file(decoder.place.checkpoints / _file(at["arm"], at["seed"]), device=str(decoder.place.device))
+        weights = load_file(
+            decoder.workspace.checkpoints / _file(coordinates["arm"], coordinates["seed"]),
+            device=str(decoder.workspace.device),
+        )
         for name, weight in models.trainable(model).items():
             weight.data.copy_(weights[name])
-        arms.round_after(model, at["bits"])
-    records = [run for run in decoder.place.records if run["cell"]["phase"] in ("before", "final")]
-    before, whole = (
-        next(run["metrics"]["validation/loss"] for run in records if wanted.items() <= run["cell"].items())
-        for wanted in ({"phase": "before"}, {"phase": "final", "seed": at["seed"], **point})
-    )
-    loss = decoder.validation_loss(model)
+        arms.round_after(model, coordinates["bits"])
+    before = _validation_loss(decoder, {"phase": "before"})
+    whole = _validation_loss(decoder, {"phase": "final", "seed": coordinates["seed"], **point})
+    loss = decoder.loss(model, "validation")
     metrics = {"validation/loss": loss, "bits/increase": loss - whole, "bits/share": (loss - whole) / (before - whole)}
-    return _result(decoder, model, metrics | {"adapter/bytes": float(arms.number_bytes(model, at["bits"]))}, curve)
+    size = {"adapter/bytes": float(arms.number_bytes(model, coordinates["bits"]))}
+    return _result(decoder, model, metrics | size, curve)
+
+
+def _validation_loss(decoder: SmallSoftmax, where: Point) -> float:
+    """Of the earlier cell that is as `where` says."""
+    (record,) = (record for record in decoder.workspace.records if where.items() <= record["cell"].items())
+    return record["metrics"]["validation/loss"]
 
 
 def _result(
     decoder: SmallSoftmax, model: arms.Model, metrics: dict[str, float], curve: dict[str, list[float]] | None = None
 ) -> Result:
-    count, dtype = arms.trainable_count(model), str(decoder.dtype(model)).removeprefix("torch.")
-    trained = {"adapter/parameters": float(count), "train/loss": curve["loss/ce"][-1]} if curve else {}
-    return Result(metrics | trained, curve or {}, count, dtype)
+    weights = models.trainable(model)
+    if curve:
+        numbers = sum(weight.numel() for weight in weights.values())
+        metrics |= {"adapter/parameters": float(numbers), "train/loss": curve["loss/ce"][-1]}
+    return result(metrics, curve, weights=weights, dtype=decoder.dtype(model))

@@ -85,10 +85,8 @@ class _Unfused(nn.Module):
         parts = zip(("q_proj", "k_proj", "v_proj"), fused.weight.chunk(3, 1), fused.bias.chunk(3), strict=True)
         for name, weight, bias in parts:
             layer = nn.utils.skip_init(nn.Linear, *weight.shape)
-            layer.weight, layer.bias = (
-                nn.Parameter(weight.detach().t().contiguous()),
-                nn.Parameter(bias.detach().clone()),
-            )
+            layer.weight = nn.Parameter(weight.detach().t().contiguous())
+            layer.bias = nn.Parameter(bias.detach().clone())
             setattr(self, name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,34 +147,47 @@ def attach_nola(
     scale: float,
     seed: int,
     targets: Targets = QUERY_AND_VALUE,
-    **more: Any,
+    share_basis: bool = True,
+    distribution: str = "uniform",
 ) -> PeftModel:
-    """NOLA of `number` bases per factor, k = l or (k, l); `more` are further fields of NolaConfig."""
+    """NOLA of `number` bases per factor, k = l or (k, l)."""
     size = {"r": rank, "num_basis": number, "nola_alpha": scale * rank}
-    return _attached(model, NolaConfig(basis_seed=seed, **size, **_where(layers, targets), **more))
+    bases = {"basis_seed": seed, "share_basis": share_basis, "basis_distribution": distribution}
+    return _attached(model, NolaConfig(**size, **bases, **_where(layers, targets)))
 
 
 def attach(
-    arm: str, model: PreTrainedModel, settings: AdapterSettings, *, layers: int, vera_rank: int, seed: int
+    arm: str,
+    model: PreTrainedModel,
+    settings: AdapterSettings,
+    *,
+    layers: int,
+    seed: int,
+    vera_rank: int = 0,
+    share: float = 1.0,
+    targets: Targets = QUERY_AND_VALUE,
 ) -> Model:
     """The frozen model with the arm's adapter in its last `layers` layers, or in all with 0.
 
-    `none` has nothing to train, `full` the layers and the last norm themselves; of all layers, every parameter.
-    Raises ValueError for an unknown arm.
+    `none` has nothing to train, `full` the layers and the last norm themselves; of all layers, every parameter. NOLA
+    has `share` of the numbers that its arm says. Raises ValueError for an unknown arm.
     """
-    model, chosen = unfuse(model).requires_grad_(False), last_layers(model, layers)
+    model = unfuse(model).requires_grad_(False)
+    chosen = last_layers(model, layers)
     if arm == "none":
         return model
     if arm == "full":
         return language.train_last_layers(model, layers) if layers else model.requires_grad_(True)
     if arm.startswith("lora_"):
-        return attach_lora(model, chosen, rank=int(arm.removeprefix("lora_")), scale=settings.lora_scale, seed=seed)
+        size = {"rank": int(arm.removeprefix("lora_")), "scale": settings.lora_scale}
+        return attach_lora(model, chosen, **size, seed=seed, targets=targets)
     if arm == "vera":
         return attach_vera(model, chosen, rank=vera_rank, seed=seed)
     if arm not in SHARES:
         raise ValueError(f"received arm {arm!r}, expected one of {', '.join(ARMS)}")
-    number = bases_for(model, chosen, SHARES[arm])
-    return attach_nola(model, chosen, rank=settings.nola_rank, number=number, scale=settings.nola_scale, seed=seed)
+    number = bases_for(model, chosen, share * SHARES[arm], targets)
+    size = {"rank": settings.nola_rank, "number": number, "scale": settings.nola_scale}
+    return attach_nola(model, chosen, **size, seed=seed, targets=targets)
 
 
 def trainable_count(model: Model) -> int:
@@ -299,13 +310,9 @@ def number_bytes(model: PeftModel, bits: int | None) -> int:
 
     Without the seed and what a file needs besides, which is the same at any number of bits.
     """
-    vectors = [len(v) * [v.shape[1]] for layer in _nola_layers(model) for v in layer.coefficients(NAME)]
-    vectors += [
-        len(v) * [v.shape[1]]
-        for half, columns in _lora_halves(model)
-        for v in [half.weight.T if columns else half.weight]
-    ]
-    lengths = [length for group in vectors for length in group]
+    halves = [half.weight.T if columns else half.weight for half, columns in _lora_halves(model)]
+    coefficients = [vectors for layer in _nola_layers(model) for vectors in layer.coefficients(NAME)]
+    lengths = [len(vector) for vectors in (*coefficients, *halves) for vector in vectors]
     if bits is None:
         return FLOAT_BYTES * sum(lengths)
     return sum(math.ceil(length * bits / 8) + SCALE_BYTES for length in lengths)

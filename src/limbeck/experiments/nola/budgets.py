@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from limbeck import assets, models, seeding
 from limbeck.adapters import NolaConfig, attach_pranc
 from limbeck.evaluation import classifier
-from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.experiments.runs import Cell, Result, Workspace, best, result
 from limbeck.models import resnet
 from limbeck.params import one_of, positive
 from limbeck.tasks import images
@@ -104,15 +104,13 @@ def cells(section: Section, seeds: Sequence[int], *, first: int) -> list[Cell]:
     ]
 
 
-def rate_of(cell: Cell, found: Sequence[dict[str, Any]]) -> float:
+def rate_of(cell: Cell, records: Sequence[dict[str, Any]]) -> float:
     """The cell's own rate, or its arm's and budget's with the lowest loss by its criterion, the smallest of equals."""
     coordinates = cell.coordinates
     if "rate" in coordinates:
         return coordinates["rate"]
-    own = {"phase": "selection", "arm": coordinates["arm"], "budget": coordinates["budget"]}
-    tried = [record for record in found if own.items() <= record["cell"].items()]
-    best = min(tried, key=lambda run: (run["metrics"][f"{coordinates['by']}/loss"], run["cell"]["rate"]))
-    return best["cell"]["rate"]
+    where = {"phase": "selection", "arm": coordinates["arm"], "budget": coordinates["budget"]}
+    return best(records, where, "rate", [f"{coordinates['by']}/loss"], highest=[False])
 
 
 @functools.cache
@@ -182,7 +180,7 @@ def run(cell: Cell, section: Section, workspace: Workspace, work: Work) -> Steps
     counted = sum(parameter.numel() for name, parameter in parameters.items() if not work.free(name))
     metrics = {"adapter/coefficients": float(counted if coordinates["arm"] in SIZED else 0), "selection/rate": rate}
     metrics |= scores(model, work.data, workspace.device, test=coordinates["phase"] == "final")
-    return Result(metrics, curve, sum(parameter.numel() for parameter in parameters.values()))
+    return result(metrics, curve, weights=parameters)
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from limbeck import assets
+from limbeck import assets, models
 from limbeck.experiments.nola import arms, frozen_decoder, texts
 from limbeck.experiments.nola.arms import Model
 from limbeck.experiments.nola.frozen_decoder import FrozenDecoder
-from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.experiments.runs import Cell, Result, Workspace, best, result
 from limbeck.params import one_of, positive
 
 Steps = Generator[dict[str, float], None, Result]
@@ -76,25 +76,29 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return sorted(planned, key=lambda cell: cell.wave)
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> Steps:
+def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     """Train and score one cell; yields once per step."""
-    coordinates, decoder = cell.coordinates, FrozenDecoder(params, place)
+    coordinates, decoder = cell.coordinates, FrozenDecoder(params, workspace)
     if coordinates["phase"] == frozen_decoder.STATES:
         return (yield from frozen_decoder.write_states(cell, decoder))
     options = {"layers": params.layers, "vera_rank": params.vera_rank, "seed": coordinates["seed"]}
-    model = arms.attach(coordinates["arm"], decoder.decoder(), params, **options)
+    model = arms.attach(coordinates["arm"], decoder.load(), params, **options)
     if coordinates["arm"] == "none":
         yield {"step": 1, "steps": 1}
-        return Result(_untrained(model, decoder, coordinates["seed"]), dtype=_spelled(decoder.dtype(model)))
+        return result(_untrained(model, decoder, coordinates["seed"]), dtype=decoder.dtype(model))
     selecting = coordinates["phase"] == "selection"
-    rate = coordinates["rate"] if selecting else _chosen(coordinates["arm"], place)
+    rate = coordinates["rate"] if selecting else _chosen_rate(coordinates["arm"], workspace)
     steps = params.selection_steps if selecting else params.steps
-    options = {"size": params.batch_size, "steps": steps, "smoothing": params.smoothing, "seed": coordinates["seed"]}
-    curve = yield from decoder.fit(model, learning_rate=rate, **options)
-    metrics = {"train/loss": curve["loss/ce"][-1], "validation/loss": decoder.validation_loss(model)}
+    curve = yield from decoder.fit(model, learning_rate=rate, steps=steps, seed=coordinates["seed"])
+    metrics = {"train/loss": curve["loss/ce"][-1], "validation/loss": decoder.loss(model, "validation")}
     if not selecting:
         metrics |= {"chosen/rate": rate, **_size(model), **decoder.test_scores(model, params.beams)}
-    return Result(metrics, curve, arms.trainable_count(model), _spelled(decoder.dtype(model)))
+    return result(metrics, curve, weights=models.trainable(model), dtype=decoder.dtype(model))
+
+
+def _chosen_rate(arm: str, workspace: Workspace) -> float:
+    where = {"phase": "selection", "arm": arm}
+    return best(workspace.records, where, "rate", ["validation/loss"], highest=[False])
 
 
 def _untrained(model: Model, decoder: FrozenDecoder, seed: int) -> dict[str, float]:
@@ -105,25 +109,13 @@ def _untrained(model: Model, decoder: FrozenDecoder, seed: int) -> dict[str, flo
     loss = texts.loss_of(model, learned, decoder.dtype(model))
     with torch.no_grad():
         metrics = {"train/loss": sum(loss(rows)["loss/ce"].item() for rows in last) / len(last)}
-    untrained = [record["metrics"] for record in decoder.place.records if record["cell"]["arm"] == "none"]
+    untrained = [record["metrics"] for record in decoder.workspace.records if record["cell"]["arm"] == "none"]
     if scored := [scores for scores in untrained if "validation/loss" in scores]:
         return metrics | {name: value for name, value in scored[0].items() if name != "train/loss"}
     test = decoder.test_scores(model, params.beams)
-    return metrics | {"validation/loss": decoder.validation_loss(model), **_size(model), **test}
+    return metrics | {"validation/loss": decoder.loss(model, "validation"), **_size(model), **test}
 
 
 def _size(model: Model) -> dict[str, float]:
     parameters, taken = arms.trainable_count(model), arms.bytes_on_disk(model)
     return {"storage/parameters": float(parameters), "storage/bytes": float(taken)}
-
-
-def _chosen(arm: str, place: Workspace) -> float:
-    """The rate of an arm's selection run with the lowest validation loss; of equals the smallest."""
-    wanted = {"phase": "selection", "arm": arm}
-    tried = [record for record in place.records if wanted.items() <= record["cell"].items()]
-    best = min(tried, key=lambda record: (record["metrics"]["validation/loss"], record["cell"]["rate"]))
-    return best["cell"]["rate"]
-
-
-def _spelled(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from limbeck import assets, models, seeding
-from limbeck.experiments.runs import Cell, Result, Workspace, spelled
+from limbeck.experiments.runs import Cell, Result, Workspace, best, result, spelled
 from limbeck.models import vision
 from limbeck.params import positive
 from limbeck.tasks import images
@@ -161,25 +161,20 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
         yield {"step": 1, "steps": 1}
         return Result({f"{prefix}/accuracy": learner.nearest(), "adapter/parameters": 0})
     added = vision.attach(learner.model, coordinates["arm"], rank=params.rank, seed=coordinates["seed"])
-    rate = coordinates["rate"] if coordinates["phase"] == "select" else _chosen(coordinates, workspace)
+    rate = coordinates["rate"] if coordinates["phase"] == "select" else _chosen_rate(coordinates, workspace)
     parameters = models.trainable(learner.model.to(workspace.device))
     options = {"clip_norm": params.clip_norm, "state": workspace.state, "save_every": params.save_every}
     curve = yield from supervised.fit(parameters, learner.loss, learner.batches(), learning_rate=rate, **options)
     metrics = {f"{prefix}/{name}": value for name, value in learner.scores().items()}
     metrics |= {"train/loss": curve["loss/ce"][-1], "train/rate": rate, "adapter/parameters": added}
-    count = sum(parameter.numel() for parameter in parameters.values())
-    return Result(metrics, curve, count, str(learner.dtype).removeprefix("torch."))
+    return result(metrics, curve, weights=parameters, dtype=learner.dtype)
 
 
-def _chosen(at: dict[str, Any], workspace: Workspace) -> float:
+def _chosen_rate(coordinates: dict[str, Any], workspace: Workspace) -> float:
     """The rate of the highest validation accuracy, averaged over subsets; of equals the one of the lower loss."""
-    wanted = {name: at[name] for name in ("model", "target", "shots", "arm")} | {"phase": "select"}
-    scores: dict[float, list[tuple[float, float]]] = {}
-    for record in workspace.records:
-        if wanted.items() <= record["cell"].items():
-            pair = record["metrics"]["validation/accuracy"], -record["metrics"]["validation/loss"]
-            scores.setdefault(record["cell"]["rate"], []).append(pair)
-    return max(scores, key=lambda rate: tuple(sum(part) / len(part) for part in zip(*scores[rate], strict=True)))
+    where = {name: coordinates[name] for name in ("model", "target", "shots", "arm")} | {"phase": "select"}
+    metrics = ["validation/accuracy", "validation/loss"]
+    return best(workspace.records, where, "rate", metrics, highest=[True, False])
 
 
 @dataclass(frozen=True)
@@ -302,7 +297,7 @@ def _shifted_batches(among: Tensor, section: Params) -> list[Int[Tensor, "batch 
     return list(torch.cat([torch.cat(rows)[:needed, None], shifts], 1).split(section.first_batch))
 
 
-def train_first(name: str, section: Params, workspace: Workspace) -> Generator[dict[str, float], None, Result]:
+def train_first(name: str, section: Params, workspace: Workspace) -> Steps:
     """Train a shape's model on the first classes, leave its weights, and score it on images that it never saw."""
     known = data(section.first_data, vision.SIDE, section.first_classes)
     source = seeding.generator(section.data_seed, "first")
@@ -326,8 +321,7 @@ def train_first(name: str, section: Params, workspace: Workspace) -> Generator[d
         seen = vision.prepared(name, known.at(held), vision.SIDE).to(workspace.device)
         guesses = vision.logits(model, seen).argmax(-1).cpu()
     accuracy = (guesses == known.labels[held]).double().mean().item()
-    count = sum(parameter.numel() for parameter in parameters.values())
-    return Result({"first/accuracy": accuracy}, curve, count)
+    return result({"first/accuracy": accuracy}, curve, weights=parameters)
 
 
 def restore(model: nn.Module, folder: Path, name: str) -> None:

@@ -5,7 +5,7 @@ Cells of the first wave leave the states below the adapted layers (`texts`), in 
 
 import functools
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +107,8 @@ def write_states(cell: Cell, decoder: "FrozenDecoder") -> Generator[dict[str, fl
     """Run such a cell: the states of every other text."""
     pairs = decoder.all_pairs()[cell.coordinates["half"] :: _HALVES]
     yield {"step": 1, "steps": 1}
-    states = texts.states(decoder.decoder(), pairs, decoder.section.layers)
-    resume.write_tensors(decoder.place.checkpoints / cell.checkpoint_files[0], {STATES: torch.cat(states)})
+    states = texts.states(decoder.load(), pairs, decoder.section.layers)
+    resume.write_tensors(decoder.workspace.checkpoints / cell.checkpoint_files[0], {STATES: torch.cat(states)})
     return Result({"states/tokens": float(sum(map(len, states)))})
 
 
@@ -117,22 +117,22 @@ class FrozenDecoder:
     """A section's decoder and texts where one cell runs: what it learns from, and what it is measured on."""
 
     section: Section
-    place: Workspace
+    workspace: Workspace
 
     @functools.cached_property
     def data(self) -> Data:
         """The data."""
         return prepare(self.section)
 
-    def decoder(self) -> PreTrainedModel:
+    def load(self) -> PreTrainedModel:
         """The model, frozen; one of a shape is drawn by seed 0."""
         model = language.load(self.section.model, self.data.tokenizer, seed=0)
-        return model.eval().requires_grad_(False).to(self.place.device)
+        return model.eval().requires_grad_(False).to(self.workspace.device)
 
     def dtype(self, model: Model) -> torch.dtype:
         """The dtype of the model's matrix products."""
         width = texts.base(model).config.hidden_size
-        return models.precision(self.place.precision, width=width, where=self.place.device)
+        return models.precision(self.workspace.precision, width=width, where=self.workspace.device)
 
     def all_pairs(self) -> list[Pair]:
         """The pairs of every part, part after part."""
@@ -147,25 +147,30 @@ class FrozenDecoder:
         pairs, below = self.all_pairs(), {}
         for half in range(_HALVES):
             rows = range(half, len(pairs), _HALVES)
-            tensors = load_file(self.place.checkpoints / f"{STATES}_{half}.safetensors", device=str(self.place.device))
+            tensors = load_file(
+                self.workspace.checkpoints / f"{STATES}_{half}.safetensors", device=str(self.workspace.device)
+            )
             states = tensors[STATES].split([len(pairs[row].read) for row in rows])
             below |= dict(zip(rows, states, strict=True))
         whole, rows = Texts(pairs, [below[row] for row in range(len(pairs))], layers), iter(range(len(pairs)))
         return {name: whole.rows(list(itertools.islice(rows, len(part)))) for name, part in parts.items()}
 
     def fit(
-        self, model: Model, *, learning_rate: float, size: int, steps: int, smoothing: float, seed: int
+        self, model: Model, *, learning_rate: float, steps: int, seed: int
     ) -> Generator[dict[str, float], None, supervised.Curve]:
         """Train what is trainable, by `supervised.fit`; the curve is of what is minimised, smoothed labels and all."""
-        options = {"clip_norm": self.section.clip_norm, "state": self.place.state}
-        options |= {"save_every": self.section.save_every, "learning_rate": learning_rate}
-        loss = texts.loss_of(model, self.texts["train"], self.dtype(model), smoothing=smoothing)
-        drawn = batches(self.texts["train"].pairs, size=size, steps=steps, seed=seed)
-        return supervised.fit(models.trainable(model), loss, drawn, **options)
+        options = {"clip_norm": self.section.clip_norm, "save_every": self.section.save_every}
+        drawn = batches(self.texts["train"].pairs, size=self.section.batch_size, steps=steps, seed=seed)
+        options |= {"learning_rate": learning_rate, "state": self.workspace.state}
+        return supervised.fit(models.trainable(model), self.objective(model), drawn, **options)
 
-    def validation_loss(self, model: Model) -> float:
-        """Mean over the tokens of the texts to validate on, in nats."""
-        return texts.mean_loss(model, self.texts["validation"], self.dtype(model))
+    def objective(self, model: Model) -> Callable[[Tensor], supervised.Terms]:
+        """What a step minimises, of its rows."""
+        return texts.loss_of(model, self.texts["train"], self.dtype(model), smoothing=self.section.smoothing)
+
+    def loss(self, model: Model, part: str) -> float:
+        """Mean over the tokens of a part's targets, the end token among them, in nats."""
+        return texts.mean_loss(model, self.texts[part], self.dtype(model))
 
     def sentences(self, model: Model, asked: Sequence[Meaning], beams: int) -> list[str]:
         """What the whole model says for each meaning: the best of some beams; with 1, each time the likeliest token."""

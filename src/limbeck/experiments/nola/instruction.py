@@ -12,7 +12,6 @@ too.
 import functools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +21,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from limbeck import assets, models
 from limbeck.experiments.nola import arms, frozen_decoder, texts
 from limbeck.experiments.nola.arms import Model
-from limbeck.experiments.nola.texts import Pair, Texts, by_length, target_logits
-from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.experiments.nola.texts import Pair, Texts
+from limbeck.experiments.runs import Cell, Result, Workspace, best, result
 from limbeck.models import language
 from limbeck.params import one_of, positive
 from limbeck.sampling import Tokens
 from limbeck.tasks import instructions
 from limbeck.tasks.instructions import Asked, Question
-from limbeck.training import supervised
 from limbeck.training.supervised import Terms
 
 ARMS = ("none", "lora_1", "nola")
@@ -102,38 +100,34 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return planned
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> Generator[dict[str, float], None, Result]:
+def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str, float], None, Result]:
     """Run one cell; yields once per step."""
-    decoder, coordinates = InstructionDecoder(params, place), cell.coordinates
+    decoder, coordinates = InstructionDecoder(params, workspace), cell.coordinates
     if coordinates["phase"] == frozen_decoder.STATES:
         return (yield from frozen_decoder.write_states(cell, decoder))
     arm, final = coordinates["arm"], coordinates["phase"] == "final"
-    rate = chosen(arm, place) if final else coordinates["learning_rate"]
     if arm == _UNTRAINED and final:  # the same for every seed: as measured once
         yield {"step": 1, "steps": 1}
-        (record,) = _selection(arm, place)
+        measured = (record for record in workspace.records if record["cell"]["arm"] == arm)
+        (record,) = (record for record in measured if record["cell"]["phase"] == "selection")
         return Result(record["metrics"], {}, 0, record["dtype"])
+    rate = _chosen_rate(arm, workspace) if final else coordinates["learning_rate"]
     model, curve = decoder.attach(arm, seed=coordinates["seed"]), {}
     if arm == _UNTRAINED:
         yield {"step": 1, "steps": 1}
     else:
-        curve = yield from decoder.train(model, learning_rate=rate, seed=coordinates["seed"])
+        curve = yield from decoder.fit(model, learning_rate=rate, steps=params.steps, seed=coordinates["seed"])
     metrics = {"adapter/learning_rate": rate, "adapter/parameters": float(arms.trainable_count(model))}
     metrics["validation/loss"] = decoder.loss(model, "validation")
     if final or arm == _UNTRAINED:
         metrics |= {"train/loss": decoder.loss(model, "train"), **decoder.accuracies(model)}
         metrics["validation/gap"] = metrics["validation/loss"] - metrics["train/loss"]
-    return Result(metrics, curve, arms.trainable_count(model), str(decoder.dtype(model)).removeprefix("torch."))
+    return result(metrics, curve, weights=models.trainable(model), dtype=decoder.dtype(model))
 
 
-def chosen(arm: str, place: Workspace) -> float:
-    """The learning rate with the smallest validation loss; of equals the smallest."""
-    best = min(_selection(arm, place), key=lambda r: (r["metrics"]["validation/loss"], r["cell"]["learning_rate"]))
-    return best["cell"]["learning_rate"]
-
-
-def _selection(arm: str, place: Workspace) -> list[dict[str, Any]]:
-    return [r for r in place.records if r["cell"]["phase"] == "selection" and r["cell"]["arm"] == arm]
+def _chosen_rate(arm: str, workspace: Workspace) -> float:
+    where = {"phase": "selection", "arm": arm}
+    return best(workspace.records, where, "learning_rate", ["validation/loss"], highest=[False])
 
 
 @dataclass(frozen=True)
@@ -146,13 +140,13 @@ class Data:
     validation: list[Asked]
     questions: list[Question]
 
-    def prompt(self, said: str, *, plain: bool) -> Tokens:
-        """An instruction in the section's form, or a plain said, as its last tokens."""
+    def prompt(self, text: str, *, plain: bool) -> Tokens:
+        """An instruction in the section's form, or a plain text, as its last tokens."""
         if self.section.chat and not plain:
-            turns = [{"role": "system", "content": ""}, {"role": "user", "content": said}]
+            turns = [{"role": "system", "content": ""}, {"role": "user", "content": text}]
             ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         else:
-            ids = self.tokenizer(said if plain else _PLAIN.format(said))["input_ids"]
+            ids = self.tokenizer(text if plain else _PLAIN.format(text))["input_ids"]
         return tuple(ids[-self.section.longest_prompt :])
 
     def answer(self, text: str, *, plain: bool) -> Tokens:
@@ -197,29 +191,20 @@ class InstructionDecoder(frozen_decoder.FrozenDecoder):
         """The data."""
         return prepare(self.section)
 
-    def decoder(self) -> PreTrainedModel:
+    def load(self) -> PreTrainedModel:
         """The model, frozen."""
         in_full = self.section.base_bits == 32
-        return super().decoder() if in_full else in_four_bits(self.section.model, self.place.device)
+        return super().load() if in_full else in_four_bits(self.section.model, self.workspace.device)
 
     def attach(self, arm: str, *, seed: int) -> Model:
-        """The frozen model with the arm's adapter."""
-        section, options = self.section, {"layers": self.section.layers, "share": self.section.nola_share, "seed": seed}
-        return attach(arm, self.decoder(), section, **options)
+        """The frozen model with the arm's adapter on every linear layer of its top layers but the head."""
+        options = {"layers": self.section.layers, "share": self.section.nola_share, "targets": LINEAR_LAYERS}
+        return arms.attach(arm, self.load(), self.section, seed=seed, **options)
 
-    def train(
-        self, model: Model, *, learning_rate: float, seed: int
-    ) -> Generator[dict[str, float], None, supervised.Curve]:
-        """Train the adapter, by `supervised.fit`."""
-        section, learned = self.section, self.texts["train"]
-        loss = in_parts(texts.loss_of(model, learned, self.dtype(model)), learned, section.micro_texts)
-        drawn = frozen_decoder.batches(learned.pairs, size=section.batch_size, steps=section.steps, seed=seed)
-        options = {"clip_norm": section.clip_norm, "state": self.place.state, "save_every": section.save_every}
-        return supervised.fit(models.trainable(model), loss, drawn, learning_rate=learning_rate, **options)
-
-    def loss(self, model: Model, part: str) -> float:
-        """Mean over the answers' tokens, the end token among them, in nats."""
-        return texts.mean_loss(model, self.texts[part], self.dtype(model))
+    def objective(self, model: Model) -> Callable[[Tensor], Terms]:
+        """The loss of a batch, `micro_texts` texts at a time."""
+        learned = self.texts["train"]
+        return in_parts(texts.loss_of(model, learned, self.dtype(model)), learned, self.section.micro_texts)
 
     def accuracies(self, model: Model) -> dict[str, float]:
         """The share of questions whose right answer is the likeliest: by the mean over its tokens, and by their sum."""
@@ -235,19 +220,6 @@ class InstructionDecoder(frozen_decoder.FrozenDecoder):
         return {f"test/{name}": count / len(questions) for name, count in right.items()}
 
 
-def attach(
-    arm: str, model: PreTrainedModel, settings: arms.AdapterSettings, *, layers: int, share: float, seed: int
-) -> Model:
-    """The frozen model with the arm's adapter in its last `layers` layers, all with 0; `share` is NOLA's of LoRA's."""
-    if arm == "none":
-        return model
-    chosen, drawn = arms.last_layers(model, layers), {"seed": seed, "targets": LINEAR_LAYERS}
-    if arm == "lora_1":
-        return arms.attach_lora(model, chosen, rank=1, scale=settings.lora_scale, **drawn)
-    number = arms.bases_for(model, chosen, share, LINEAR_LAYERS)
-    return arms.attach_nola(model, chosen, rank=settings.nola_rank, number=number, scale=settings.nola_scale, **drawn)
-
-
 def in_four_bits(name: str, where: torch.device) -> PreTrainedModel:
     """A decoder from a local folder or the hub, frozen, its linear layers but the head in NF4; needs bitsandbytes."""
     form = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -256,13 +228,13 @@ def in_four_bits(name: str, where: torch.device) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(assets.source(name), **options).eval().requires_grad_(False)
 
 
-def in_parts(loss: Callable[[Tensor], Terms], texts: Texts, size: int) -> Callable[[Tensor], Terms]:
+def in_parts(loss: Callable[[Tensor], Terms], learned: Texts, size: int) -> Callable[[Tensor], Terms]:
     """The same mean over a batch's tokens from `size` texts at a time, each computed again in the backward."""
 
     def whole(rows: Tensor) -> Terms:
         if len(rows) <= size:
             return loss(rows)
-        counts = torch.tensor([len(texts.pairs[row].target) for row in rows.tolist()])
+        counts = torch.tensor([len(learned.pairs[row].target) for row in rows.tolist()])
         total = torch.zeros(())
         for part, count in zip(rows.split(size), counts.split(size), strict=True):
             value = checkpoint(lambda some: loss(some)["loss/ce"], part, use_reentrant=False, preserve_rng_state=False)
@@ -273,13 +245,13 @@ def in_parts(loss: Callable[[Tensor], Terms], texts: Texts, size: int) -> Callab
 
 
 @torch.no_grad()
-def choice_logprobs(model: Model, texts: Texts, dtype: torch.dtype) -> list[Tensor]:
+def choice_logprobs(model: Model, choices: Texts, dtype: torch.dtype) -> list[Tensor]:
     """log p of each token of each target, in nats."""
     by_row: dict[int, Tensor] = {}
-    for rows in by_length(texts.pairs):
-        some = texts.rows(rows)
+    for rows in texts.by_length(choices.pairs):
+        some = choices.rows(rows)
         with models.autocast(model.device, dtype):
-            logits, tokens = target_logits(model, some)
+            logits, tokens = texts.target_logits(model, some)
         values = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         by_row |= dict(zip(rows, values.split([len(pair.target) for pair in some.pairs]), strict=True))
-    return [by_row[row] for row in range(len(texts))]
+    return [by_row[row] for row in range(len(choices))]

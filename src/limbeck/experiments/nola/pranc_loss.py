@@ -15,7 +15,7 @@ from torch import nn
 
 from limbeck import seeding
 from limbeck.experiments.nola import budgets
-from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.experiments.runs import Cell, Workspace, result
 from limbeck.params import positive
 from limbeck.training import resume
 
@@ -85,5 +85,5 @@ def _pretrain(
     curve = yield from budgets.fit(params, workspace, model, data["train"], **options)
     hidden = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
     resume.write_tensors(workspace.checkpoints / _file(seed), hidden)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return Result(budgets.scores(model, data, workspace.device, test=False), curve, count)
+    scores = budgets.scores(model, data, workspace.device, test=False)
+    return result(scores, curve, weights=dict(model.named_parameters()))

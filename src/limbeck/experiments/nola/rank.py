@@ -1,16 +1,25 @@
 """How many directions of a d x d matrix each method's updates span, and how many it has at one point (NOLA, Sec. 3.5).
 
-Measured by sampling in float64 (`adapters.reach`) and compared with what algebra says. Nothing is trained. NOLA stands
-here without A0 and B0, as the paper writes it; PRANC does not depend on a rank, so its coordinate is 0, and LoRA has
-the numbers that its rank gives it.
+With p = k + l numbers, by sampling in float64, beside what algebra says; nothing is trained. Two ranks: of the linear
+span of all updates, from many samples; and of the Jacobian at one point, the local dimension. NOLA stands here without
+A0 and B0, as the paper writes it; PRANC does not depend on a rank, so its coordinate is 0, and LoRA has the numbers
+that its rank gives it.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 
-from limbeck.adapters import reach
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from limbeck.adapters.basis import Stream
 from limbeck.experiments.runs import Cell, Result, Workspace
-from limbeck.params import positive
+from limbeck.params import one_of, positive
+from limbeck.seeding import generator
+
+METHODS = ("nola", "pranc", "lora")
+_SPARE = 8  # samples beyond d^2
 
 
 @dataclass(frozen=True)
@@ -69,3 +78,45 @@ def run(cell: Cell, params: Params, _workspace: Workspace) -> Generator[dict[str
             metrics.setdefault(f"rank/{name}", []).append(float(value))
         yield {"step": draw + 1, "steps": params.draws}
     return Result(metrics, {}, reached.numbers, "float64")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How many numbers a method has, and the two ranks."""
+
+    numbers: int
+    span: int
+    jacobian: int
+
+
+def _update(
+    method: str, *, d: int, num_basis: tuple[int, int], r: int, seed: int
+) -> tuple[int, Callable[[Float[Tensor, " p"]], Float[Tensor, "d d"]]]:
+    """How many numbers the method has, and Delta W as a function of them."""
+
+    def bases(factor: str, shape: tuple[int, int], number: int) -> Tensor:
+        return Stream(seed, "reach", factor, shape).draw(0, number).double()
+
+    k, budget = num_basis[0], sum(num_basis)
+    if method == "pranc":
+        c = bases("C", (d, d), budget)
+        return budget, lambda p: (p @ c).view(d, d)
+    if method == "lora":
+        return 2 * d * r, lambda p: p[: d * r].view(d, r) @ p[d * r :].view(r, d)
+    a, b = bases("A", (d, r), k), bases("B", (r, d), num_basis[1])
+    return budget, lambda p: (p[:k] @ a).view(d, r) @ (p[k:] @ b).view(r, d)
+
+
+def reach(method: str, *, d: int, num_basis: tuple[int, int], r: int, seed: int = 0) -> Reach:
+    """Both ranks of "nola", of "pranc" with k + l bases, or of "lora" with rank r, where num_basis is (k, l).
+
+    Raises ValueError for an unknown method or a size below 1.
+    """
+    one_of("method", method, METHODS)
+    positive(d=d, k=num_basis[0], l=num_basis[1], r=r)
+    numbers, update = _update(method, d=d, num_basis=num_basis, r=r, seed=seed)
+    source = generator(seed, "reach", method)
+    draws = torch.randn(d * d + _SPARE, numbers, generator=source, dtype=torch.float64)
+    samples = torch.stack([update(p).flatten() for p in draws])
+    jacobian = torch.func.jacrev(lambda p: update(p).flatten())(draws[0])
+    return Reach(numbers, int(torch.linalg.matrix_rank(samples)), int(torch.linalg.matrix_rank(jacobian)))

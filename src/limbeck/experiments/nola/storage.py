@@ -85,9 +85,9 @@ def _coordinates(row: str) -> dict[str, str | int]:
     return {"model": model, "arm": arm, "basis": basis, "bits": bits}
 
 
-def _reference(at: dict[str, str | int]) -> dict[str, str | int]:
+def _reference(coordinates: dict[str, str | int]) -> dict[str, str | int]:
     """Where LoRA of rank 1 on the same model stands."""
-    return {"model": at["model"], "arm": _REFERENCE, "basis": 0, "bits": FLOAT}
+    return {"model": coordinates["model"], "arm": _REFERENCE, "basis": 0, "bits": FLOAT}
 
 
 def cells(params: Params, _: Sequence[int]) -> list[Cell]:
@@ -117,21 +117,21 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str,
     return Result(metrics, trainable_parameters=int(metrics["count/trainable"]))
 
 
-def config(at: dict[str, str | int], params: Params) -> PeftConfig:
+def config(coordinates: dict[str, str | int], params: Params) -> PeftConfig:
     """The adapter of a row, on the matrices that the paper adapts: of a ViT, NOLA's are those of the MLPs."""
-    family = str(at["model"]).partition("_")[0]
+    family = str(coordinates["model"]).partition("_")[0]
     conv = {"fan_in_fan_out": True} if family == "gpt2" else {}
     targets = _QV.get(family, _LLAMA)
-    if at["arm"] == "vera":
+    if coordinates["arm"] == "vera":
         return VeraConfig(r=params.vera_rank, target_modules=targets, **conv)
-    if at["arm"] != "nola":
-        return LoraConfig(r=int(str(at["arm"])[-1]), target_modules=targets, **conv)
+    if coordinates["arm"] != "nola":
+        return LoraConfig(r=int(str(coordinates["arm"])[-1]), target_modules=targets, **conv)
     if family == "gpt2":
         place = {"target_modules": targets, "fused_slices": {"c_attn": ("q", "v")}}
     else:
         place = {"target_modules": ["fc1", "fc2"] if family == "vit" else targets}
-    bits = None if at["bits"] == FLOAT else at["bits"]
-    return NolaConfig(r=params.rank, num_basis=at["basis"], quant_bits=bits, **place)
+    bits = None if coordinates["bits"] == FLOAT else coordinates["bits"]
+    return NolaConfig(r=params.rank, num_basis=coordinates["basis"], quant_bits=bits, **place)
 
 
 def attached(model: str, adapter: PeftConfig) -> PeftModel:
