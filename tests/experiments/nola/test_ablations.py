@@ -1,6 +1,5 @@
 """The ablations of NOLA, whole, on a tiny decoder."""
 
-import dataclasses
 import json
 
 import pytest
@@ -22,7 +21,7 @@ def section():
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     """The records of the smoke section, at rates that change something, and its folder."""
-    section = dataclasses.replace(section, log2_rates=(-4.0, -2.0), clip_norm=1e9)
+    section = cells.changed(section, log2_rates=(-4.0, -2.0), clip_norm=1e9)
     folder = tmp_path_factory.mktemp("ablations")
     return cells.run_all(ablations, section, folder, seeds=(0, 1)), folder, section
 
@@ -35,7 +34,7 @@ def nearest(vector, bits):
 
 
 def bench(section, folder, found=()):
-    return SmallSoftmax(section, cells.place(folder, "x", found))
+    return SmallSoftmax(section.texts, cells.place(folder, "x", found))
 
 
 def whole_loss(made, model, kept):
@@ -50,7 +49,7 @@ def whole_loss(made, model, kept):
 
 def held(made, section, folder, point, seed):
     """A whole model with the adapter that a run of the centre left, and its numbers."""
-    model = ablations._attached(point | {"seed": seed}, section, FrozenDecoder(section, made.workspace))
+    model = ablations._attached(point | {"seed": seed}, section, FrozenDecoder(section.texts, made.workspace))
     weights = load_file(folder / f"{point['arm']}-{seed}.safetensors")
     assert list(weights) == sorted(models.trainable(model))
     return model, weights
@@ -100,7 +99,7 @@ def test_rounded_in_training_steps_differ_from_full_precisions_the_more_the_fewe
 
 
 def test_with_all_layers_adapted_the_softmax_is_over_the_whole_vocabulary(section, tmp_path):
-    whole = dataclasses.replace(section, layers=0)
+    whole = cells.changed(section, layers=0)
     found = ablations.cells(whole, (0, 1))
     assert found[0].coordinates == {"phase": "before", "arm": "none"}
     loss = cells.drive(ablations, whole, found[0], cells.place(tmp_path, "x")).metrics["validation/loss"]
@@ -122,7 +121,7 @@ def test_every_arm_has_the_numbers_that_its_point_says(ran):
     curves = [json.dumps(run["curve"]) for run in final]
     assert len(set(curves)) == len(curves), "two arms took the same steps"
     for run in final:
-        assert run["metrics"]["train/loss"] == run["curve"]["loss/ce"][section.steps - 1]
+        assert run["metrics"]["train/loss"] == run["curve"]["loss/ce"][section.loop.steps - 1]
 
 
 def test_before_the_first_step_all_arms_of_a_seed_have_one_loss_and_seeds_meet_other_texts(ran):
@@ -216,12 +215,21 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, wanted, global_generators):
     assert global_generators() == before
 
 
+def test_labels_are_smoothed_as_the_section_says(section, tmp_path, monkeypatch):
+    values, train_loss = [], FrozenDecoder.train_loss
+    monkeypatch.setattr(FrozenDecoder, "train_loss", lambda *a, **kw: values.append(kw) or train_loss(*a, **kw))
+    smoothed = cells.changed(section, smoothing=0.25, layers=0)
+    cell = next(cell for cell in ablations.cells(smoothed, (0, 1)) if cell.coordinates["phase"] == "choice")
+    cells.drive(ablations, smoothed, cell, cells.place(tmp_path, "x"))
+    assert values == [{"smoothing": 0.25}]
+
+
 def test_an_added_seed_and_an_added_point_change_no_other_cell(section):
     def by_name(section, seeds=(0, 1)):
         return {records.cell_name(cell.coordinates): cell for cell in ablations.cells(section, seeds)}
 
     one = by_name(section)
-    more = dataclasses.replace(section, ranks=(1, 2, 4), bits=(8, 3, 2), replicates=3)
+    more = cells.changed(section, ranks=(1, 2, 4), bits=(8, 3, 2), replicates=3)
     many = by_name(more, (0, 1, 2))
     assert one == {name: many[name] for name in one}
     assert len(many) > len(one)
@@ -234,7 +242,7 @@ def test_the_claims_name_points_that_the_full_section_has():
     section = params.load("nola", "ablations", "full", ablations.Params)
     assert {16, 64, 256, 480, 1024} == set(section.bases)
     assert {1, 8, 16} <= set(section.ranks)
-    assert (section.nola_rank, section.basis, set(section.sweep_bases)) == (8, 480, {16, 480})
+    assert (section.adapters.nola_rank, section.basis, set(section.sweep_bases)) == (8, 480, {16, 480})
     assert 4 * section.basis == (576 + 576) + (576 + 192), "LoRA of rank 1 on SmolLM2's query and value"
 
 
@@ -250,4 +258,4 @@ def test_the_claims_name_points_that_the_full_section_has():
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from limbeck import models
 from limbeck.adapters import to_lora
-from limbeck.experiments.nola import arms
+from limbeck.experiments.nola import arms, comparison
 from limbeck.models import language
 
 SETTINGS = arms.AdapterSettings(lora_scale=8.0, nola_rank=3, nola_scale=1.0)
@@ -121,10 +121,10 @@ def test_bytes_on_disk_are_those_of_the_files_wherever_the_base_lies(tmp_path):
     assert isinstance(model, PeftModel)
     plain.save_pretrained(tmp_path / "saved")
     files = [tmp_path / "saved" / name for name in ("adapter_model.safetensors", "adapter_config.json")]
-    assert arms.bytes_on_disk(model) == sum(file.stat().st_size for file in files)
-    assert arms.bytes_on_disk(arms.attach("none", llama(), SETTINGS, layers=2, vera_rank=4, seed=0)) == 0
+    assert comparison.bytes_on_disk(model) == sum(file.stat().st_size for file in files)
+    assert comparison.bytes_on_disk(arms.attach("none", llama(), SETTINGS, layers=2, vera_rank=4, seed=0)) == 0
     full = arms.attach("full", llama(), SETTINGS, layers=2, vera_rank=4, seed=0)
-    assert 4 * arms.trainable_count(full) < arms.bytes_on_disk(full) < 4 * arms.trainable_count(full) + 4096
+    assert 4 * arms.trainable_count(full) < comparison.bytes_on_disk(full) < 4 * arms.trainable_count(full) + 4096
 
 
 @pytest.mark.parametrize(

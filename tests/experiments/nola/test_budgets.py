@@ -1,10 +1,9 @@
 """What the comparisons at equal budgets share: splits, selection, and what trains in which arm."""
 
-import dataclasses
-
 import pytest
 import torch
 
+import cells
 from limbeck import params
 from limbeck.experiments.nola import budgets, convolution
 from limbeck.experiments.runs import Cell
@@ -18,15 +17,15 @@ def section():
 
 def attached(section, arm, budget=4, seed=0):
     work = convolution.work(section, seed)
-    return work, budgets.attach(section, work, arm, budget, seed=seed)
+    return work, budgets.attach(section.shared, work, arm, budget, seed=seed)
 
 
 def test_parts_are_other_images_of_the_classes_and_the_same_for_all_seeds(section, monkeypatch):
     numbers = torch.arange(60, dtype=torch.uint8)
     images = Images(numbers[:, None, None, None].repeat(1, 1, 4, 4), torch.arange(60) % 5, numbers >= 50)
     monkeypatch.setattr(budgets, "_loaded", lambda name: images)
-    small = dataclasses.replace(section, train_size=4, validation_size=3, test_size=2, pool=2)
-    made = budgets.splits(small, (3, 1))
+    small = cells.changed(section, train_size=4, validation_size=3, test_size=2, pool=2)
+    made = budgets.splits(small.shared, (3, 1))
     rows = {name: (part.images[:, 0, 0, 0] * 255).round().int().tolist() for name, part in made.items()}
     assert {name: len(found) for name, found in rows.items()} == {"train": 8, "validation": 6, "test": 4}
     assert len({row for found in rows.values() for row in found}) == 18, "an image lies in two parts"
@@ -34,7 +33,7 @@ def test_parts_are_other_images_of_the_classes_and_the_same_for_all_seeds(sectio
         assert [(3, 1)[label] for label in part.labels.tolist()] == [row % 5 for row in rows[name]]
         assert part.images.shape[1:] == (1, 2, 2)
     assert max(max(found) for found in rows.values()) < 50, "held images are not drawn"
-    again = budgets.splits(small, (3, 1))
+    again = budgets.splits(small.shared, (3, 1))
     assert all(torch.equal(made[name].images, again[name].images) for name in made)
 
 
@@ -90,8 +89,8 @@ def deltas(section, arm, seed=0):
 @pytest.mark.parametrize("arm", ["pranc", "nola"])
 def test_updates_have_their_scale_and_bases_of_their_own_by_layer_and_seed(section, arm):
     first, second = deltas(section, arm)
-    larger = {f"{arm}_scale": 3 * getattr(section, f"{arm}_scale")}
-    torch.testing.assert_close(deltas(dataclasses.replace(section, **larger), arm)[0], 3 * first)
+    larger = {f"{arm}_scale": 3 * getattr(section.shared, f"{arm}_scale")}
+    torch.testing.assert_close(deltas(cells.changed(section, **larger), arm)[0], 3 * first)
     assert not torch.allclose(first, second)
     assert not torch.allclose(first, deltas(section, arm, seed=1)[0])
 
@@ -102,9 +101,9 @@ def test_cells_come_in_two_turns_and_an_added_seed_changes_none(section):
     tried, final = ([cell for cell in one if cell.coordinates["phase"] == phase] for phase in ("selection", "final"))
     assert {cell.wave for cell in tried} == {1}
     assert {cell.wave for cell in final} == {2}
-    assert len(tried) == 6 * len(section.rates)
+    assert len(tried) == 6 * len(section.shared.rates)
     assert len(final) == 6
-    more = dataclasses.replace(section, rates=(*section.rates, 0.5))
+    more = cells.changed(section, rates=(*section.shared.rates, 0.5))
     assert [cell for cell in budgets.cells(more, (5,), first=1) if cell in final] == [], "a rate was added unseen"
     assert [cell for cell in budgets.cells(more, (5,), first=1) if cell in tried] == tried
 
@@ -126,4 +125,4 @@ def test_the_digits_that_are_read_are_part_of_what_a_cell_depends_on():
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)

@@ -1,6 +1,5 @@
 """The comparison on text, whole, on its smoke section, and on a GPT-2 and texts from folders as in the paper's."""
 
-import dataclasses
 import json
 
 import pytest
@@ -57,13 +56,15 @@ def test_without_an_adapter_only_the_last_texts_differ_between_seeds(ran, sectio
     found, folder = ran
     first, second = (cells.pick(found, phase="final", arm="none", seed=seed)["metrics"] for seed in (0, 1))
     assert {name for name in first if first[name] != second[name]} == {"train/loss"}
-    bench = FrozenDecoder(section, cells.place(folder, "again"))
+    bench = FrozenDecoder(section.texts, cells.place(folder, "again"))
     assert first["validation/loss"] == pytest.approx(
         text_loss.mean_loss(bench.load(), bench.texts["validation"], torch.float32)
     )
     texts = bench.texts["train"]
     for seed, metrics in enumerate((first, second)):
-        *_, last = frozen_decoder.batches(texts.pairs, size=section.batch_size, steps=section.steps, seed=seed)
+        *_, last = frozen_decoder.batches(
+            texts.pairs, size=section.loop.batch_size, steps=section.loop.steps, seed=seed
+        )
         expected = text_loss.mean_loss(bench.load(), texts.rows(last.tolist()), torch.float32)
         assert metrics["train/loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -79,7 +80,7 @@ def test_a_run_that_was_killed_ends_in_the_same_bits(ran, section):
 
 
 def test_a_method_that_learns_for_long_beats_the_base_on_both_losses(section, tmp_path):
-    long = dataclasses.replace(section, arms=("none", "nola"), steps=40, save_every=10, selection_steps=2, replicates=1)
+    long = cells.changed(section, arms=("none", "nola"), steps=40, save_every=10, selection_steps=2, replicates=1)
     found = cells.run_all(comparison, long, tmp_path)
     base, nola = (cells.pick(found, phase="final", arm=arm)["metrics"] for arm in ("none", "nola"))
     assert nola["validation/loss"] < base["validation/loss"] - 0.05
@@ -102,19 +103,24 @@ def own(tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     small = {"model": str(folder / "model"), "data": str(folder), "steps": 2, "selection_steps": 1, "batch_size": 4}
     committed = params.load("nola", "table_text", "paper", comparison.Params)
-    return dataclasses.replace(committed, **small, longest=8, replicates=1, save_every=1, nola_rank=2)
+    return cells.changed(committed, **small, longest=8, replicates=1, save_every=1, nola_rank=2)
 
 
-def test_beams_are_as_many_as_the_section_says(own, tmp_path, monkeypatch):
-    counts, scores = [], FrozenDecoder.test_scores
+def test_labels_are_smoothed_and_beams_are_as_many_as_the_section_says(own, tmp_path, monkeypatch):
+    values, scores, train_loss = [], FrozenDecoder.test_scores, FrozenDecoder.train_loss
 
     def scored(self, model, beams):
-        counts.append(beams)
+        values.append(beams)
         return scores(self, model, beams)
 
+    def smoothed(self, model, **options):
+        values.extend(options.values())
+        return train_loss(self, model, **options)
+
     monkeypatch.setattr(FrozenDecoder, "test_scores", scored)
-    cells.run_all(comparison, dataclasses.replace(own, arms=("none", "nola")), tmp_path)
-    assert set(counts) == {own.beams} == {10}
+    monkeypatch.setattr(FrozenDecoder, "train_loss", smoothed)
+    cells.run_all(comparison, cells.changed(own, arms=("none", "nola")), tmp_path)
+    assert set(values) == {own.smoothing, own.beams} == {0.1, 10}
 
 
 def test_the_papers_section_runs_on_a_gpt2_and_texts_from_folders(own, tmp_path):
@@ -129,7 +135,7 @@ def test_the_papers_section_runs_on_a_gpt2_and_texts_from_folders(own, tmp_path)
 
 def test_all_rows_run_where_all_layers_are_adapted(tmp_path):
     section = params.load("nola", "table_text_full", "smoke", comparison.Params)
-    section = dataclasses.replace(section, replicates=1)
+    section = cells.changed(section, replicates=1)
     found = cells.run_all(comparison, section, tmp_path)
     assert {run["cell"]["phase"] for run in found} == {"selection", "final"}
     final = {run["cell"]["arm"]: run["metrics"] for run in found if run["cell"]["phase"] == "final"}
@@ -149,7 +155,7 @@ def test_all_rows_run_where_all_layers_are_adapted(tmp_path):
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)
 
 
 def test_too_few_seeds_are_refused(section):

@@ -7,7 +7,7 @@ import torch
 
 import cells
 from limbeck import models, params, paths
-from limbeck.experiments.nola import few_shot
+from limbeck.experiments.nola import few_shot, first_training
 from limbeck.models import vision
 
 PANEL = 0
@@ -16,7 +16,7 @@ PANEL = 0
 @pytest.fixture(scope="module")
 def section():
     committed = params.load("nola", "table_vision", "smoke", few_shot.Params)
-    return dataclasses.replace(
+    return cells.changed(
         committed,
         nola_rates=(1e-2, 1e-1),
         lora_rates=(1e-2, 1e-1),
@@ -59,21 +59,21 @@ def test_no_image_that_chooses_a_rate_trains_or_scores_a_final_run(section):
 
 
 def test_new_classes_are_those_that_the_first_training_never_saw_and_elsewhere_all(section):
-    whole = few_shot.data("digits", 28)
+    whole = first_training.data("digits", 28)
     new = shots(section, "final", 0).images
     assert len(new) == int((whole.labels > 4).sum())
-    first = few_shot.data("digits", 28, section.first_classes)
+    first = first_training.data("digits", 28, section.first.first_classes)
     seen = {image.numpy().tobytes() for image in first.pixels}
     assert not any(image.numpy().tobytes() in seen for image in new.pixels)
-    elsewhere = dataclasses.replace(section, first_data="mnist")
+    elsewhere = cells.changed(section, first_data="mnist")
     assert shots(elsewhere, "final", 0).images.classes == 10
 
 
 def test_a_data_sets_own_test_part_scores_and_never_trains(section, monkeypatch):
-    images = few_shot.data("digits", 28)
+    images = first_training.data("digits", 28)
     held = torch.arange(len(images)) % 2 == 0
-    monkeypatch.setattr(few_shot, "data", lambda *_: dataclasses.replace(images, held=held))
-    elsewhere = dataclasses.replace(section, first_data="mnist")
+    monkeypatch.setattr(first_training, "data", lambda *_: dataclasses.replace(images, held=held))
+    elsewhere = cells.changed(section, first_data="mnist")
     run, choice = shots(elsewhere, "final", 0), shots(elsewhere, "select", 0)
     assert run.scored.tolist() == torch.nonzero(held).flatten().tolist()
     for rows in (run.train, choice.train, choice.scored):
@@ -89,28 +89,28 @@ def test_shifting_moves_every_image_by_its_own_steps_and_lets_black_in():
             for x in range(4):
                 if 0 <= y - down < 4 and 0 <= x - right < 4:
                     expected[image, 0, y, x] = pixels[image, 0, y - down, x - right]
-    assert torch.equal(few_shot.shifted(pixels, shifts, 2), expected)
+    assert torch.equal(first_training.shifted(pixels, shifts, 2), expected)
 
 
 def test_the_first_training_sees_its_classes_but_the_held_out_part_and_leaves_all_but_the_head(section, folder, found):
     run = cells.pick(found, phase="first")
     assert run["checkpoint_files"] == ("vit-1x32x14.safetensors",)
-    images = few_shot.data("digits", 28, section.first_classes)
+    images = first_training.data("digits", 28, section.first.first_classes)
     seen = []
     real = vision.prepared
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(few_shot, "shifted", lambda pixels, shifts, most: seen.append((pixels, shifts)) or pixels)
+        patch.setattr(first_training, "shifted", lambda pixels, shifts, most: seen.append((pixels, shifts)) or pixels)
         patch.setattr(vision, "prepared", lambda *args: seen.append(args[1]) or real(*args))
         cells.drive(few_shot, section, few_shot.cells(section, (0, 1))[0], cells.place(folder / "again", "first"))
     tested = {image.numpy().tobytes() for image in seen.pop()}
     trained = {image.numpy().tobytes() for part in seen if isinstance(part, tuple) for image in part[0]}
-    assert len(tested) == section.first_held * 5
+    assert len(tested) == section.first.first_held * 5
     assert not tested & trained
     assert trained < {image.numpy().tobytes() for image in images.at(torch.arange(len(images)))}
     assert {int(s) for part in seen if isinstance(part, tuple) for s in part[1].flatten()} == {-1, 0, 1}
 
     model, fresh = (vision.load("vit-1x32x14", classes=5, seed=3) for _ in range(2))
-    few_shot.restore(model, folder, "vit-1x32x14")
+    first_training.restore(model, folder, "vit-1x32x14")
     same = {name for name, value in model.state_dict().items() if torch.equal(value, fresh.state_dict()[name])}
     assert same == {"classifier.weight", "classifier.bias"}
 
@@ -118,10 +118,10 @@ def test_the_first_training_sees_its_classes_but_the_held_out_part_and_leaves_al
 def test_weights_that_are_missing_or_of_another_model_are_refused(folder, found, tmp_path):
     model = vision.load("vit-2x32x14", classes=5, seed=0)
     with pytest.raises(ValueError, match=r"expected the weights of vit-2x32x14 in .*, found none"):
-        few_shot.restore(model, tmp_path, "vit-2x32x14")
+        first_training.restore(model, tmp_path, "vit-2x32x14")
     (tmp_path / "vit-2x32x14.safetensors").write_bytes((folder / "vit-1x32x14.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"weights in .*, expected the 40 of vit-2x32x14"):
-        few_shot.restore(model, tmp_path, "vit-2x32x14")
+        first_training.restore(model, tmp_path, "vit-2x32x14")
 
 
 def trained_apart(section, folder, run, rate):
@@ -163,7 +163,7 @@ def test_an_arm_learns_and_scores_as_a_plain_loop_in_float64_does(section, folde
 def test_the_nearest_neighbour_is_that_of_a_loop_over_all_pairs(section, folder, found):
     few = shots(section, "final", 0)
     model = vision.load("vit-1x32x14", classes=5, seed=9)
-    few_shot.restore(model, folder, "vit-1x32x14")
+    first_training.restore(model, folder, "vit-1x32x14")
     with torch.no_grad():
         tokens = model.double().vit(2 * (few.images.pixels / 255).double() - 1).last_hidden_state[:, 0]
     hits = []
@@ -232,9 +232,7 @@ def test_an_epoch_shows_each_shot_once_and_a_last_short_batch_is_dropped(section
     assert [len(rows) for rows in batches] == [8] * section.epochs[0], "of 15 shots, 8 an epoch"
     assert len({tuple(rows.tolist()) for rows in batches}) == section.epochs[0], "every epoch has its own order"
     assert all(len(set(rows.tolist())) == 8 and set(rows.tolist()) <= set(few.train.tolist()) for rows in batches)
-    whole = few_shot.Learner(
-        dataclasses.replace(section, batch=64), section.panels[PANEL], few, cells.place(folder, "x"), 0
-    )
+    whole = few_shot.Learner(cells.changed(section, batch=64), section.panels[PANEL], few, cells.place(folder, "x"), 0)
     assert [sorted(rows.tolist()) for rows in whole.batches()] == [sorted(few.train.tolist())] * section.epochs[0]
 
 
@@ -252,7 +250,7 @@ def test_an_epoch_shows_each_shot_once_and_a_last_short_batch_is_dropped(section
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)
 
 
 def test_too_few_seeds_are_refused(section):
@@ -261,5 +259,5 @@ def test_too_few_seeds_are_refused(section):
 
 
 def test_the_models_own_training_depends_on_no_rate_or_panel(section):
-    other = dataclasses.replace(section, nola_rates=(1.0, 2.0), shots=(2,), reserved=5)
+    other = cells.changed(section, nola_rates=(1.0, 2.0), shots=(2,), reserved=5)
     assert few_shot.cells(section, (0, 1))[0] == few_shot.cells(other, (0, 1))[0]

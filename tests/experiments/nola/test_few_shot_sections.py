@@ -1,6 +1,5 @@
 """The committed sections of the few-shot tables: their budgets, their claims, and the paper's on a tiny ViT."""
 
-import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -91,7 +90,7 @@ def test_the_papers_section_runs_on_a_vit_and_pictures_from_folders_with_the_sam
     assert set(committed.subsets) == {4}
     small = {"models": (str(local / "vit"),), "targets": (f"folder/{local / 'data'}",), "shots": (3,), "subsets": (1,)}
     small |= {"epochs": (4,), "side": 16, "reserved": 5, "selection_subsets": 1, "initialisations": 1, "batch": 4}
-    section = dataclasses.replace(
+    section = cells.changed(
         committed, **small, linear_rates=(1e-1,), full_rates=(1e-2,), lora_rates=(1e-1,), nola_rates=(1e-1,)
     )
     found = cells.run_all(few_shot, section, tmp_path)

@@ -13,7 +13,7 @@ from torch import nn
 import cells
 from limbeck import params
 from limbeck.adapters.layer import NolaLayer
-from limbeck.experiments.nola import instruction
+from limbeck.experiments.nola import arms, instruction
 from limbeck.experiments.nola import texts as text_loss
 from limbeck.experiments.nola.instruction import InstructionDecoder
 from limbeck.models import language
@@ -35,7 +35,16 @@ def ran(section, tmp_path_factory):
 
 
 def bench(section, folder):
-    return InstructionDecoder(section, cells.place(folder, "x"))
+    return InstructionDecoder(section.texts, cells.place(folder, "x"), section.asking)
+
+
+def attached(made, section, arm, seed=0):
+    options = {"layers": section.texts.layers, "share": section.nola_share, "targets": instruction.LINEAR_LAYERS}
+    return arms.attach(arm, made.load(), section.adapters, seed=seed, **options)
+
+
+def prepared(section):
+    return instruction.prepare(section.texts, section.asking)
 
 
 def alone(model, prompt, target):
@@ -92,11 +101,12 @@ def test_without_an_adapter_every_seed_has_the_scores_of_the_model_itself(ran, s
 
 @pytest.mark.parametrize("arm", ["lora_1", "nola"])
 def test_every_linear_layer_of_the_adapted_layers_is_adapted_and_no_other(section, tmp_path, arm):
-    made = bench(dataclasses.replace(section, nola_share=0.3), tmp_path)
+    section = cells.changed(section, nola_share=0.3)
+    made = bench(section, tmp_path)
     plain = {name for name, layer in made.load().named_modules() if isinstance(layer, nn.Linear)}
     wanted = {name for name in plain if name.startswith("model.layers.1.")}
     assert len(wanted) == 7
-    model = made.attach(arm, seed=0)
+    model = attached(made, section, arm, seed=0)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert {
         name.removeprefix("base_model.model.").partition(".lora_")[0].partition(".nola_")[0] for name in trained
@@ -107,7 +117,7 @@ def test_every_linear_layer_of_the_adapted_layers_is_adapted_and_no_other(sectio
     assert share * lora - 2 * len(wanted) < count <= share * lora
     assert (count == lora) == (arm == "lora_1")
     for layer in (layer for layer in model.modules() if isinstance(layer, NolaLayer)):
-        assert layer.scaling["default"] == section.nola_scale
+        assert layer.scaling["default"] == section.adapters.nola_scale
 
 
 def test_a_start_changes_nothing_and_is_the_seeds(section, tmp_path):
@@ -115,8 +125,8 @@ def test_a_start_changes_nothing_and_is_the_seeds(section, tmp_path):
     ids = torch.tensor([made.data.pairs["train"][0].read])
     plain = made.load()(input_ids=ids).logits
     for arm in ("lora_1", "nola"):
-        torch.testing.assert_close(made.attach(arm, seed=0)(input_ids=ids).logits, plain)
-        outputs = [moved(made.attach(arm, seed=seed))(input_ids=ids).logits for seed in (0, 0, 1)]
+        torch.testing.assert_close(attached(made, section, arm, seed=0)(input_ids=ids).logits, plain)
+        outputs = [moved(attached(made, section, arm, seed=seed))(input_ids=ids).logits for seed in (0, 0, 1)]
         assert outputs[0].equal(outputs[1])
         assert not outputs[0].equal(outputs[2])
 
@@ -125,11 +135,11 @@ def test_the_likeliest_choice_is_found_by_the_mean_of_its_tokens_and_by_their_su
     """From the states of the frozen layers and in batches, against each choice alone through the whole model."""
     _, folder = ran
     made = bench(section, folder)
-    model, hits = moved(made.attach("nola", seed=0)), Counter()
+    model, hits = moved(attached(made, section, "nola", seed=0)), Counter()
     found = made.accuracies(model)
     listed = iter(made.data.pairs["choices"])
     logprobs = instruction.choice_logprobs(model, made.texts["choices"], torch.float32)
-    twin = moved(made.attach("nola", seed=0))
+    twin = moved(attached(made, section, "nola", seed=0))
     for at, question in enumerate(made.data.questions):
         told = [alone(twin, *dataclasses.astuple(next(listed))) for _ in question.choices]
         for mine, theirs in zip(logprobs[4 * at : 4 * at + 4], told, strict=True):
@@ -172,8 +182,8 @@ def test_too_few_meanings_for_so_many_questions_are_refused():
 
 
 def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(section, tmp_path, global_generators):
-    made = bench(dataclasses.replace(section, layers=0, longest=40), tmp_path)
-    model, texts, rows = moved(made.attach("nola", seed=0)).double(), made.texts["train"], torch.arange(7)
+    made = bench(cells.changed(section, layers=0, longest=40), tmp_path)
+    model, texts, rows = moved(attached(made, section, "nola", seed=0)).double(), made.texts["train"], torch.arange(7)
     assert len({len(texts.pairs[row].target) for row in range(7)}) > 1, "else any mean of means would do"
     whole, gradients, before = text_loss.loss_of(model, texts, torch.float32), [], global_generators()
     for loss in (whole, instruction.in_parts(whole, texts, 3)):
@@ -239,7 +249,7 @@ def folders(tmp_path_factory):
         "save_every": 1,
         "replicates": 1,
     }
-    return dataclasses.replace(committed, **small, longest=8)
+    return cells.changed(committed, **small, longest=8)
 
 
 @pytest.mark.slow
@@ -261,8 +271,8 @@ def test_the_paper_section_runs_on_a_llama_from_a_folder_with_the_same_columns(f
 
 
 def test_a_model_in_four_bits_has_levels_near_its_weights_and_learns_by_either_adapter(folders, tmp_path):
-    folders = dataclasses.replace(folders, steps=6)
-    made, plain = bench(folders, tmp_path), bench(dataclasses.replace(folders, base_bits=32), tmp_path)
+    folders = cells.changed(folders, steps=6)
+    made, plain = bench(folders, tmp_path), bench(cells.changed(folders, base_bits=32), tmp_path)
     weights = {name: layer.weight for name, layer in plain.load().named_modules() if isinstance(layer, nn.Linear)}
     held = {name: layer for name, layer in made.load().named_modules() if isinstance(layer, Linear4bit)}
     assert set(held) == set(weights) - {"lm_head"}
@@ -272,9 +282,9 @@ def test_a_model_in_four_bits_has_levels_near_its_weights_and_learns_by_either_a
         assert 0 < (found - weights[name]).norm() < 0.1 * weights[name].norm(), name
     for arm, rate in (("lora_1", 1e-3), ("nola", 0.03)):
         made = bench(folders, tmp_path / arm)
-        model = made.attach(arm, seed=0)
+        model = attached(made, folders, arm, seed=0)
         before, base = made.loss(model, "train"), {name: value.clone() for name, value in model.state_dict().items()}
-        list(made.fit(model, learning_rate=rate, steps=folders.steps, seed=0))
+        list(made.fit(model, made.train_loss(model), folders.loop, learning_rate=rate, seed=0))
         assert made.loss(model, "train") < before
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, base[name])}
         assert changed
@@ -284,7 +294,7 @@ def test_a_model_in_four_bits_has_levels_near_its_weights_and_learns_by_either_a
 
 
 def test_of_alpaca_and_mmlu_the_prompts_are_those_of_the_released_kind(folders):
-    data = instruction.prepare(folders)
+    data = prepared(folders)
     assert (len(data.train), len(data.validation), len(data.questions)) == (8, 4, 10), (
         "a text without an answer is left"
     )
@@ -302,7 +312,7 @@ def test_of_alpaca_and_mmlu_the_prompts_are_those_of_the_released_kind(folders):
 
 
 def test_a_chat_has_an_empty_system_turn_and_one_of_the_user(folders):
-    data = instruction.prepare(dataclasses.replace(folders, chat=True))
+    data = prepared(cells.changed(folders, chat=True))
     asked = data.train[0]
     wanted = data.tokenizer(f"<system>  <user> {asked.instruction} =>{asked.text}", add_special_tokens=False)[
         "input_ids"
@@ -326,11 +336,11 @@ def test_a_chat_has_an_empty_system_turn_and_one_of_the_user(folders):
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)
 
 
 def test_seeds_and_chats_that_are_not_there_are_refused(section):
     with pytest.raises(ValueError, match=r"received the seeds \(5,\), expected at least 2"):
         instruction.cells(section, (5,))
     with pytest.raises(ValueError, match="received chat: true, expected a chat template"):
-        instruction.prepare(dataclasses.replace(section, chat=True))
+        prepared(cells.changed(section, chat=True))

@@ -37,7 +37,7 @@ def twin(state, x):
 def test_the_smoke_section_runs_one_network_a_seed_and_every_arm_by_both_criteria(ran, section):
     found, folder = ran
     bases = [run for run in found if run["cell"]["phase"] == "base"]
-    assert [run["cell"]["seed"] for run in bases] == [section.selection_seed, 0]
+    assert [run["cell"]["seed"] for run in bases] == [section.shared.selection_seed, 0]
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["base_0.safetensors", "base_100.safetensors"]
     assert [run["wave"] for run in bases] == [0, 0]
     final = [run for run in found if run["cell"]["phase"] == "final"]
@@ -46,14 +46,14 @@ def test_the_smoke_section_runs_one_network_a_seed_and_every_arm_by_both_criteri
     for run in final:
         assert run["metrics"]["adapter/coefficients"] == 2 * run["cell"]["budget"]
         assert run["trainable_parameters"] == 2 * run["cell"]["budget"] + 8 * 5 + 5
-        assert len(run["curve"]["loss/ce"]) == section.steps
+        assert len(run["curve"]["loss/ce"]) == section.shared.steps
 
 
 def test_the_first_network_learns_the_first_half_and_leaves_its_hidden_layers(section, tmp_path, monkeypatch):
-    longer = dataclasses.replace(section, width=32, base_steps=150, base_rate=1e-2, save_every=50)
+    longer = cells.changed(section, width=32, base_steps=150, base_rate=1e-2, save_every=50)
     seen, parts = [], budgets.splits
     monkeypatch.setattr(
-        budgets, "splits", lambda section, classes: seen.append(tuple(classes)) or parts(section, classes)
+        budgets, "splits", lambda settings, classes: seen.append(tuple(classes)) or parts(settings, classes)
     )
     cell = pranc_loss.cells(longer, (0,))[1]
     result = cells.drive(pranc_loss, longer, cell, cells.place(tmp_path, "base"))
@@ -69,8 +69,8 @@ def test_every_arm_begins_with_its_seeds_network_and_one_fresh_head_on_the_secon
     found, folder = ran
     fresh = pranc_loss.perceptron(49, section.width, 5, 0).state_dict()
     state = fresh | load_file(folder / "base_0.safetensors")
-    train = budgets.splits(section, range(5, 10))["train"]
-    rows = torch.randperm(40, generator=seeding.generator(0, "order"))[: section.batch_size]
+    train = budgets.splits(section.shared, range(5, 10))["train"]
+    rows = torch.randperm(40, generator=seeding.generator(0, "order"))[: section.shared.batch_size]
     expected = F.cross_entropy(twin(state, train.images[rows]), train.labels[rows]).item()
     first = [run["curve"]["loss/ce"][0] for run in found if run["cell"]["phase"] == "final"]
     assert first == pytest.approx([expected] * 10, rel=1e-5)
@@ -114,7 +114,7 @@ def test_a_perceptron_has_the_scale_that_keeps_a_signal(global_generators):
 @pytest.mark.parametrize("index", [1, -1], ids=["base", "nola"])
 def test_a_killed_cell_goes_on_to_the_same_bits(ran, section, tmp_path, index):
     found, folder = ran
-    longer = dataclasses.replace(section, steps=4, base_steps=4)
+    longer = cells.changed(section, steps=4, base_steps=4)
     cell = pranc_loss.cells(longer, (0,))[index]
     places = [dataclasses.replace(cells.place(tmp_path, name, found)) for name in ("whole", "cut")]
     if index == -1:
@@ -128,4 +128,4 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, section, tmp_path, index):
 @pytest.mark.parametrize(("name", "value"), [("width", 0), ("base_steps", 0), ("base_rate", 0.0)])
 def test_a_size_of_nothing_is_refused(section, name, value):
     with pytest.raises(ValueError, match=f"{name} must be above 0, got {value}"):
-        dataclasses.replace(section, **{name: value})
+        cells.changed(section, **{name: value})

@@ -1,6 +1,5 @@
 """What the experiments on text share, against loops over texts and tokens, on tiny decoders in float64."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -160,17 +159,17 @@ def section():
 
 
 def test_texts_to_train_on_and_to_validate_on_are_of_their_own_meanings(section):
-    data = frozen_decoder.prepare(section)
+    data = frozen_decoder.prepare(section.texts)
     taught = {text for meaning in data.train for text in meaning.texts}
-    assert len(data.drawn) == section.train_texts
+    assert len(data.drawn) == section.texts.train_texts
     assert {text for _, text in data.drawn} <= taught
-    held = [(meaning, text) for meaning in data.validation for text in meaning.texts[: section.references]]
+    held = [(meaning, text) for meaning in data.validation for text in meaning.texts[: section.texts.references]]
     assert data.pairs["validation"] == [data.pair(*row) for row in held]
     assert not {meaning for meaning, _ in data.drawn} & {*data.validation, *data.test}
 
 
 def test_a_target_is_the_text_and_the_end_token_cut_at_the_longest(section):
-    data = frozen_decoder.prepare(dataclasses.replace(section, longest=9))
+    data = frozen_decoder.prepare(cells.changed(section, longest=9).texts)
     meaning = meanings.Meaning("inform", ("area",), ())
     pair = data.pair(meaning, "in the [area] .")
     assert data.tokenizer.decode(pair.target[:-1]) == "in the [ area ] ."
@@ -180,12 +179,12 @@ def test_a_target_is_the_text_and_the_end_token_cut_at_the_longest(section):
 
 
 def test_the_halves_hold_the_states_of_all_texts(section, tmp_path):
-    bench = FrozenDecoder(section, cells.place(tmp_path, "x"))
-    found = frozen_decoder.state_cells(section, {})
-    assert frozen_decoder.state_cells(dataclasses.replace(section, layers=0), {}) == []
+    bench = FrozenDecoder(section.texts, cells.place(tmp_path, "x"))
+    found = frozen_decoder.state_cells(section.texts, {})
+    assert frozen_decoder.state_cells(cells.changed(section, layers=0).texts, {}) == []
     for cell in found:
         list(frozen_decoder.write_states(cell, bench))
-    whole = text_loss.states(bench.load(), bench.all_pairs(), section.layers)
+    whole = text_loss.states(bench.load(), bench.all_pairs(), section.texts.layers)
     kept = [*bench.texts["train"].below, *bench.texts["validation"].below]
     assert len(kept) == len(whole) == len(bench.all_pairs())
     for left, right in zip(kept, whole, strict=True):
@@ -193,7 +192,7 @@ def test_the_halves_hold_the_states_of_all_texts(section, tmp_path):
 
 
 def test_scores_are_of_the_test_meanings(section, tmp_path, monkeypatch):
-    bench = FrozenDecoder(section, cells.place(tmp_path, "x"))
+    bench = FrozenDecoder(section.texts, cells.place(tmp_path, "x"))
     monkeypatch.setattr(FrozenDecoder, "sentences", lambda self, model, asked, beams: [m.texts[0] for m in asked])
     base = bench.load()
     perfect = {"test/bleu": 100, "test/rouge_l": 100, "test/slot_error_rate": 0}
@@ -203,15 +202,15 @@ def test_scores_are_of_the_test_meanings(section, tmp_path, monkeypatch):
     assert bench.test_scores(base, 1)["test/slot_error_rate"] == pytest.approx(1 + len(bench.data.test) / slots)
 
 
-def test_what_a_section_says_of_labels_and_beams_reaches_training_and_decoding(section, tmp_path, monkeypatch):
-    section, first = dataclasses.replace(section, layers=0), {}
+def test_smoothing_reaches_training_and_beams_reach_decoding(section, tmp_path, monkeypatch):
+    section, first = cells.changed(section, layers=0, batch_size=4, steps=1), {}
     for smoothing in (0.0, 0.3):
-        section = dataclasses.replace(section, smoothing=smoothing, batch_size=4)
-        bench = FrozenDecoder(section, cells.place(tmp_path, f"{smoothing}"))
-        model = arms.attach("nola", bench.load(), section, layers=0, vera_rank=4, seed=0)
-        first[smoothing] = next(bench.fit(model, learning_rate=0.1, steps=1, seed=0))["loss/ce"]
+        bench = FrozenDecoder(section.texts, cells.place(tmp_path, f"{smoothing}"))
+        model = arms.attach("nola", bench.load(), section.adapters, layers=0, seed=0)
+        loss = bench.train_loss(model, smoothing=smoothing)
+        first[smoothing] = next(bench.fit(model, loss, section.loop, learning_rate=0.1, seed=0))["loss/ce"]
         (rows,) = frozen_decoder.batches(bench.texts["train"].pairs, size=4, steps=1, seed=0)
-        fresh = arms.attach("nola", bench.load(), section, layers=0, vera_rank=4, seed=0)
+        fresh = arms.attach("nola", bench.load(), section.adapters, layers=0, seed=0)
         loss = text_loss.loss_of(fresh, bench.texts["train"], torch.float32, smoothing=smoothing)
         assert first[smoothing] == pytest.approx(loss(rows)["loss/ce"].item())
     assert first[0.0] != first[0.3]

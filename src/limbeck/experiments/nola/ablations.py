@@ -11,7 +11,7 @@ usual one.
 
 import functools
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from limbeck import assets, models
+from limbeck import models
 from limbeck.adapters.basis import DISTRIBUTIONS
 from limbeck.adapters.quantisation import require_bits
 from limbeck.experiments.nola import arms, frozen_decoder
+from limbeck.experiments.nola.arms import AdapterSettings
+from limbeck.experiments.nola.frozen_decoder import FrozenDecoder, Loop, TextSettings
 from limbeck.experiments.nola.texts import Pair, Texts
 from limbeck.experiments.runs import Cell, Result, Workspace, best, result
 from limbeck.params import one_of, positive
@@ -36,9 +38,12 @@ _WHICH = ("ranks", "bases", "kinds", "bits", "sweep_bases", "replicates")  # whi
 
 
 @dataclass(frozen=True)
-class Params(frozen_decoder.Section):
+class Params:
     """The section of params/nola.yaml; sources stand there. Of the seeds, the first `replicates` are used."""
 
+    texts: TextSettings
+    adapters: AdapterSettings
+    loop: Loop
     basis: int
     ranks: tuple[int, ...]
     bases: tuple[int, ...]
@@ -48,13 +53,10 @@ class Params(frozen_decoder.Section):
     log2_rates: tuple[float, ...]
     selection_seed: int
     replicates: int
-    steps: int
-    batch_size: int
     smoothing: float
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(steps=self.steps, batch_size=self.batch_size, replicates=self.replicates, basis=self.basis)
+        positive(replicates=self.replicates, basis=self.basis)
         frozen_decoder.require_smoothing(self.smoothing)
         if not self.log2_rates:
             raise ValueError(f"received log2_rates {self.log2_rates}, expected some to choose from")
@@ -65,7 +67,7 @@ class Params(frozen_decoder.Section):
 
 
 @dataclass(frozen=True)
-class SmallSoftmax(frozen_decoder.FrozenDecoder):
+class SmallSoftmax(FrozenDecoder):
     """With `layers` 0, as it stands: the tokens of a target are then read from the whole vocabulary."""
 
     @functools.cached_property
@@ -76,7 +78,7 @@ class SmallSoftmax(frozen_decoder.FrozenDecoder):
     def load(self) -> PreTrainedModel:
         """The model, frozen; its head has a row for each kept token."""
         model = super().load()
-        if self.section.layers:
+        if self.settings.layers:
             rows = model.get_output_embeddings().weight.detach()[self.kept]
             head = nn.utils.skip_init(nn.Linear, rows.shape[1], len(rows), bias=False)
             head.weight = nn.Parameter(rows, requires_grad=False)
@@ -87,7 +89,7 @@ class SmallSoftmax(frozen_decoder.FrozenDecoder):
     def texts(self) -> dict[str, Texts]:
         """`train` and `validation`, with their states; targets count through the kept tokens."""
         parts = super().texts
-        if not self.section.layers:
+        if not self.settings.layers:
             return parts
         numbers = {token: number for number, token in enumerate(self.kept)}
         return {
@@ -104,31 +106,34 @@ def _point(arm: str, rank: int, basis: int) -> Point:
 
 def _centre(params: Params) -> list[Point]:
     """Where rates are chosen and bits are counted."""
-    return [_point("lora_1", 1, 0), _point("nola", params.nola_rank, params.basis)]
+    return [_point("lora_1", 1, 0), _point("nola", params.adapters.nola_rank, params.basis)]
 
 
 def _points(params: Params) -> list[Point]:
     """What is trained at the chosen rates."""
     ranks = [_point("nola", rank, params.basis) for rank in params.ranks]
-    bases = [_point("nola", params.nola_rank, basis) for basis in params.bases]
-    others = [_point(arm, params.nola_rank, params.basis) for arm in ("nola_unique", *params.kinds)]
-    points = [*_centre(params), _point("lora", params.nola_rank, 0), *ranks, *bases, *others]
+    bases = [_point("nola", params.adapters.nola_rank, basis) for basis in params.bases]
+    others = [_point(arm, params.adapters.nola_rank, params.basis) for arm in ("nola_unique", *params.kinds)]
+    points = [*_centre(params), _point("lora", params.adapters.nola_rank, 0), *ranks, *bases, *others]
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
 
 def _swept(params: Params) -> list[Point]:
     """What the whole grid of rates is run for."""
     scales = ("nola", "nola_unscaled")
-    return [_centre(params)[0], *(_point(arm, params.nola_rank, k) for k in params.sweep_bases for arm in scales)]
+    return [
+        _centre(params)[0],
+        *(_point(arm, params.adapters.nola_rank, k) for k in params.sweep_bases for arm in scales),
+    ]
 
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     """States, then choices and sweeps, then every point by seed, then bits. Raises ValueError for too few seeds."""
-    if len(seeds) < params.replicates:
-        raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
-    inputs = {name: value for name, value in asdict(params).items() if name not in _WHICH}
-    inputs["assets"] = assets.checksums(params.model, params.data)
-    planned = [*frozen_decoder.state_cells(params, inputs), Cell({"phase": "before", "arm": "none"}, inputs, wave=1)]
+    inputs = frozen_decoder.shared_inputs(params, seeds, _WHICH)
+    planned = [
+        *frozen_decoder.state_cells(params.texts, inputs),
+        Cell({"phase": "before", "arm": "none"}, inputs, wave=1),
+    ]
     grids = [("choice", params.selection_seed, _centre(params))]
     grids += [("sweep", seed, _swept(params)) for seed in seeds[: params.replicates]]
     for phase, seed, points in grids:
@@ -152,7 +157,7 @@ def _file(arm: str, seed: int) -> str:
 
 def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     """Train and measure one cell; yields once per step."""
-    coordinates, decoder = cell.coordinates, SmallSoftmax(params, workspace)
+    coordinates, decoder = cell.coordinates, SmallSoftmax(params.texts, workspace)
     if coordinates["phase"] == frozen_decoder.STATES:
         return (yield from frozen_decoder.write_states(cell, decoder))
     if coordinates["phase"] == "before":
@@ -176,13 +181,13 @@ def _chosen_rate(arm: str, workspace: Workspace) -> float:
     return best(workspace.records, where, "log2_rate", ["validation/loss"], highest=[False])
 
 
-def _attached(point: Point, params: Params, decoder: frozen_decoder.FrozenDecoder) -> PeftModel:
+def _attached(point: Point, params: Params, decoder: FrozenDecoder) -> PeftModel:
     """The frozen model with a point's adapter, untrained."""
     model, arm, seed = arms.unfuse(decoder.load()), point["arm"], point["seed"]
-    layers = arms.last_layers(model, params.layers)
+    layers = arms.last_layers(model, params.texts.layers)
     if arm.startswith("lora"):
-        return arms.attach_lora(model, layers, rank=point["rank"], scale=params.lora_scale, seed=seed)
-    size = {"rank": point["rank"], "number": point["basis"], "scale": params.nola_scale}
+        return arms.attach_lora(model, layers, rank=point["rank"], scale=params.adapters.lora_scale, seed=seed)
+    size = {"rank": point["rank"], "number": point["basis"], "scale": params.adapters.nola_scale}
     kind = {"share_basis": arm != "nola_unique", "distribution": arm if arm in DISTRIBUTIONS else "uniform"}
     model = arms.attach_nola(model, layers, **size, **kind, seed=seed)
     if arm == "orthogonal":
@@ -195,7 +200,8 @@ def _train(
 ) -> Generator[dict[str, float], None, dict[str, list[float]]]:
     """The steps of one cell; an arm that leaves out the scale has its own way of them."""
     rate = 2.0**log2_rate * (arms.unscale(model) if point["arm"] == "nola_unscaled" else 1.0)
-    return (yield from decoder.fit(model, learning_rate=rate, steps=params.steps, seed=point["seed"]))
+    loss = decoder.train_loss(model, smoothing=params.smoothing)
+    return (yield from decoder.fit(model, loss, params.loop, learning_rate=rate, seed=point["seed"]))
 
 
 def _rounded(coordinates: Point, params: Params, decoder: SmallSoftmax) -> Steps:

@@ -13,12 +13,9 @@ a column of B [out, r] in LoRA. In training the gradient passes the rounding str
 """
 
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +36,6 @@ from limbeck.adapters.lora import draw_start
 from limbeck.adapters.quantisation import quantised
 from limbeck.models import language
 from limbeck.params import positive
-from limbeck.training import resume
 
 SHARES = {"nola": 1.0, "nola_half": 0.5, "nola_fifth": 0.2}  # of the parameters of LoRA of rank 1
 ARMS = ("none", "full", "lora_4", "lora_1", "vera", *SHARES)
@@ -193,17 +189,6 @@ def attach(
 def trainable_count(model: Model) -> int:
     """How many numbers train."""
     return sum(parameter.numel() for parameter in models.trainable(model).values())
-
-
-def bytes_on_disk(model: Model) -> int:
-    """What a task takes: the adapter as PEFT saves it, weights and config; without one, the trained weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        if isinstance(model, PeftModel):
-            model.save_pretrained(folder, save_embedding_layers=False)
-            (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        elif trained := models.trainable(model):
-            resume.write_tensors(Path(folder) / "model.safetensors", dict(trained))
-        return sum(os.path.getsize(file) for file in Path(folder).rglob("*") if file.is_file())
 
 
 def _where(layers: Sequence[int], targets: Targets) -> dict[str, Any]:

@@ -6,17 +6,22 @@ take, and is decoded once. `train/loss` is the mean over the last `save_every` s
 read after the last step and chooses nothing.
 """
 
+import os
+import tempfile
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 
-from limbeck import assets, models
-from limbeck.experiments.nola import arms, frozen_decoder, texts
-from limbeck.experiments.nola.arms import Model
-from limbeck.experiments.nola.frozen_decoder import FrozenDecoder
+from limbeck import models
+from limbeck.experiments.nola import arms, frozen_decoder
+from limbeck.experiments.nola.arms import AdapterSettings, Model
+from limbeck.experiments.nola.frozen_decoder import FrozenDecoder, Loop, TextSettings
 from limbeck.experiments.runs import Cell, Result, Workspace, best, result
 from limbeck.params import one_of, positive
+from limbeck.training import resume
 
 Steps = Generator[dict[str, float], None, Result]
 _GRIDS = ("lora", "vera", "nola", "full")
@@ -24,14 +29,15 @@ _NOT_INPUTS = ("arms", "replicates", *(f"{method}_rates" for method in _GRIDS))
 
 
 @dataclass(frozen=True)
-class Params(frozen_decoder.Section):
+class Params:
     """The section of params/nola.yaml; sources stand there. Of the seeds, the first `replicates` are used."""
 
+    texts: TextSettings
+    adapters: AdapterSettings
+    loop: Loop
     vera_rank: int
     arms: tuple[str, ...]
     replicates: int
-    steps: int
-    batch_size: int
     smoothing: float
     beams: int
     selection_steps: int
@@ -42,14 +48,13 @@ class Params(frozen_decoder.Section):
     full_rates: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for arm in self.arms:
             one_of("arm", arm, arms.ARMS)
         sizes = {method: len(getattr(self, f"{method}_rates")) for method in _GRIDS}
         if len(set(sizes.values())) > 1 or 0 in sizes.values():
             raise ValueError(f"received {sizes} learning rates, expected as many for each method")
-        positive(replicates=self.replicates, steps=self.steps, batch_size=self.batch_size)
-        positive(selection_steps=self.selection_steps, vera_rank=self.vera_rank, beams=self.beams)
+        positive(replicates=self.replicates, vera_rank=self.vera_rank)
+        positive(selection_steps=self.selection_steps, beams=self.beams)
         frozen_decoder.require_smoothing(self.smoothing)
 
     def rates(self, arm: str) -> tuple[float, ...]:
@@ -59,11 +64,8 @@ class Params(frozen_decoder.Section):
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     """The states, a run for each arm and rate, then every arm by seed. Raises ValueError for too few seeds."""
-    if len(seeds) < params.replicates:
-        raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
-    inputs = {name: value for name, value in asdict(params).items() if name not in _NOT_INPUTS}
-    inputs["assets"] = assets.checksums(params.model, params.data)
-    planned = frozen_decoder.state_cells(params, inputs)
+    inputs = frozen_decoder.shared_inputs(params, seeds, _NOT_INPUTS)
+    planned = frozen_decoder.state_cells(params.texts, inputs)
     for arm in params.arms:
         for rate in params.rates(arm):
             coordinates = {"phase": "selection", "arm": arm, "rate": rate, "seed": params.selection_seed}
@@ -78,18 +80,19 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
 
 def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     """Train and score one cell; yields once per step."""
-    coordinates, decoder = cell.coordinates, FrozenDecoder(params, workspace)
+    coordinates, decoder = cell.coordinates, FrozenDecoder(params.texts, workspace)
     if coordinates["phase"] == frozen_decoder.STATES:
         return (yield from frozen_decoder.write_states(cell, decoder))
-    options = {"layers": params.layers, "vera_rank": params.vera_rank, "seed": coordinates["seed"]}
-    model = arms.attach(coordinates["arm"], decoder.load(), params, **options)
+    options = {"layers": params.texts.layers, "vera_rank": params.vera_rank, "seed": coordinates["seed"]}
+    model = arms.attach(coordinates["arm"], decoder.load(), params.adapters, **options)
     if coordinates["arm"] == "none":
         yield {"step": 1, "steps": 1}
-        return result(_untrained(model, decoder, coordinates["seed"]), dtype=decoder.dtype(model))
+        return result(_untrained(model, decoder, params, coordinates["seed"]), dtype=decoder.dtype(model))
     selecting = coordinates["phase"] == "selection"
     rate = coordinates["rate"] if selecting else _chosen_rate(coordinates["arm"], workspace)
-    steps = params.selection_steps if selecting else params.steps
-    curve = yield from decoder.fit(model, learning_rate=rate, steps=steps, seed=coordinates["seed"])
+    loss = decoder.train_loss(model, smoothing=params.smoothing)
+    loop = replace(params.loop, steps=params.selection_steps) if selecting else params.loop
+    curve = yield from decoder.fit(model, loss, loop, learning_rate=rate, seed=coordinates["seed"])
     metrics = {"train/loss": curve["loss/ce"][-1], "validation/loss": decoder.loss(model, "validation")}
     if not selecting:
         metrics |= {"chosen/rate": rate, **_size(model), **decoder.test_scores(model, params.beams)}
@@ -101,12 +104,13 @@ def _chosen_rate(arm: str, workspace: Workspace) -> float:
     return best(workspace.records, where, "rate", ["validation/loss"], highest=[False])
 
 
-def _untrained(model: Model, decoder: FrozenDecoder, seed: int) -> dict[str, float]:
+def _untrained(model: Model, decoder: FrozenDecoder, params: Params, seed: int) -> dict[str, float]:
     """What the model says without an adapter; only the texts of the last steps differ from seed to seed."""
-    params, learned = decoder.section, decoder.texts["train"]
-    drawn = frozen_decoder.batches(learned.pairs, size=params.batch_size, steps=params.steps, seed=seed)
-    last = drawn[(params.steps - 1) // params.save_every * params.save_every :]
-    loss = texts.loss_of(model, learned, decoder.dtype(model))
+    loop = params.loop
+    pairs = decoder.texts["train"].pairs
+    drawn = frozen_decoder.batches(pairs, size=loop.batch_size, steps=loop.steps, seed=seed)
+    last = drawn[(loop.steps - 1) // loop.save_every * loop.save_every :]
+    loss = decoder.train_loss(model)
     with torch.no_grad():
         metrics = {"train/loss": sum(loss(rows)["loss/ce"].item() for rows in last) / len(last)}
     untrained = [record["metrics"] for record in decoder.workspace.records if record["cell"]["arm"] == "none"]
@@ -117,5 +121,16 @@ def _untrained(model: Model, decoder: FrozenDecoder, seed: int) -> dict[str, flo
 
 
 def _size(model: Model) -> dict[str, float]:
-    parameters, taken = arms.trainable_count(model), arms.bytes_on_disk(model)
+    parameters, taken = arms.trainable_count(model), bytes_on_disk(model)
     return {"storage/parameters": float(parameters), "storage/bytes": float(taken)}
+
+
+def bytes_on_disk(model: Model) -> int:
+    """What a task takes: the adapter as PEFT saves it, weights and config; without one, the trained weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(model, PeftModel):
+            model.save_pretrained(folder, save_embedding_layers=False)
+            (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        elif trained := models.trainable(model):
+            resume.write_tensors(Path(folder) / "model.safetensors", dict(trained))
+        return sum(os.path.getsize(file) for file in Path(folder).rglob("*") if file.is_file())

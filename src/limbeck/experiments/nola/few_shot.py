@@ -6,37 +6,34 @@ rates as the others; a choice is a panel's own. Adam, cross-entropy with smoothe
 
 A panel is a model on a data set at a number of shots. Of each class, some images are reserved: on them alone learning
 rates are chosen. Every subset is drawn from the rest, and tested on all of the rest that it leaves, or on the data
-set's own test part where it has one. A drawn ViT first learns to tell some classes apart from all of their images but a
-held-out part, shifted by a few pixels, anew in every step.
+set's own test part where it has one.
 
 Left out: the paper's augmentations and its cosine; LoRA and NOLA on other layers than the paper's rows.
 """
 
-import functools
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
 from limbeck import assets, models, seeding
+from limbeck.experiments.nola import first_training
+from limbeck.experiments.nola.first_training import FirstTraining
 from limbeck.experiments.runs import Cell, Result, Workspace, best, result, spelled
 from limbeck.models import vision
-from limbeck.params import positive
+from limbeck.params import flat, positive
 from limbeck.tasks import images
 from limbeck.tasks.images import Images
-from limbeck.training import resume, supervised
+from limbeck.training import supervised
 
 Steps = Generator[dict[str, float], None, Result]
 NEAREST = "nearest"  # the arm that trains nothing
-FIRST_SEED = 0
 _LISTS = ("models", "targets", "shots", "subsets", "epochs")
-_NOT_INPUTS = ("models", "targets", "shots", "subsets", "epochs", "arms", "initialisations")
+_NOT_INPUTS = (*_LISTS, "arms", "initialisations")
 _FIRST = ("clip_norm", "data_seed", "save_every")  # what the first training has of the rest
 _SCORED = 250  # images that are scored together
 
@@ -70,13 +67,7 @@ class Params:
     initialisations: int
     side: int
     rank: int
-    first_data: str
-    first_classes: tuple[int, ...]
-    first_held: int
-    first_shift: int
-    first_steps: int
-    first_batch: int
-    first_rate: float
+    first: FirstTraining
     reserved: int
     selection_subsets: int
     selection_seed: int
@@ -127,14 +118,13 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     """
     if len(seeds) < params.initialisations:
         raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.initialisations}")
-    inputs = {name: value for name, value in asdict(params).items() if name not in _NOT_INPUTS}
-    planned = []
-    for name in filter(vision.drawn, dict.fromkeys(params.models)):
-        own = {key: value for key, value in inputs.items() if key.startswith("first_") or key in _FIRST}
-        own |= {"assets": assets.checksums(params.first_data)}
-        planned.append(Cell({"phase": "first", "model": name}, own, (file_of(name),)))
+    inputs = {name: value for name, value in flat(params).items() if name not in _NOT_INPUTS}
+    first = {key: value for key, value in inputs.items() if key.startswith("first_") or key in _FIRST}
+    first |= {"assets": assets.checksums(params.first.first_data)}
+    drawn = filter(vision.drawn, dict.fromkeys(params.models))
+    planned = [Cell({"phase": "first", "model": name}, first, (first_training.file_of(name),)) for name in drawn]
     for panel in params.panels:
-        named = (panel.model, panel.target, params.first_data)
+        named = (panel.model, panel.target, params.first.first_data)
         own = inputs | {"epochs": panel.epochs, "assets": assets.checksums(*named)}
         for arm in params.arms:
             shared = {**panel.coordinates, "arm": arm}
@@ -152,7 +142,8 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     """Train and score one cell; yields once per step."""
     coordinates: dict[str, Any] = cell.coordinates
     if coordinates["phase"] == "first":
-        return (yield from train_first(coordinates["model"], params, workspace))
+        kept = {"data_seed": params.data_seed, "clip_norm": params.clip_norm, "save_every": params.save_every}
+        return (yield from first_training.train(coordinates["model"], params.first, workspace, **kept))
     panel = next(panel for panel in params.panels if panel.coordinates.items() <= coordinates.items())
     drawn = shots(params, panel, phase=coordinates["phase"], subset=coordinates["subset"])
     learner = Learner(params, panel, drawn, workspace, coordinates["seed"])
@@ -186,32 +177,21 @@ class Shots:
     scored: Int[Tensor, " image"]
 
 
-@functools.lru_cache(maxsize=4)
-def data(name: str, side: int, classes: tuple[int, ...] = ()) -> Images:
-    """A data set, or some of its classes, read once."""
-    whole = images.load(name, side)
-    return whole.of(classes) if classes else whole
-
-
-def target(section: Params, panel: Panel) -> Images:
-    """The images to adapt to: of the data that models first learn from, the other classes; else all."""
-    whole = data(panel.target, section.side_of(panel.model))
-    if panel.target != section.first_data:
-        return whole
-    held = tuple(sorted(set(whole.labels.tolist()) - set(section.first_classes)))
-    return data(panel.target, section.side_of(panel.model), held)
-
-
 def shots(section: Params, panel: Panel, *, phase: str, subset: int) -> Shots:
-    """The images of one run: `select` learns from and is scored on reserved images, `final` on others."""
-    whole = target(section, panel)
+    """The images of one run: `select` learns from and is scored on reserved images, `final` on others.
+
+    Of the data that models first learn from they are of the other classes, else of all.
+    """
+    whole = first_training.data(panel.target, section.side_of(panel.model))
+    if panel.target == section.first.first_data:
+        others = tuple(sorted(set(whole.labels.tolist()) - set(section.first.first_classes)))
+        whole = first_training.data(panel.target, section.side_of(panel.model), others)
     source = seeding.generator(section.data_seed, "reserved")
     reserved = torch.zeros(len(whole), dtype=torch.bool)
     reserved[images.choose(whole.labels, ~whole.held, section.reserved, source)] = True
     among = reserved if phase == "select" else ~reserved & ~whole.held
-    train = images.choose(
-        whole.labels, among, panel.shots, seeding.generator(section.data_seed, phase, panel.shots, subset)
-    )
+    source = seeding.generator(section.data_seed, phase, panel.shots, subset)
+    train = images.choose(whole.labels, among, panel.shots, source)
     scored = whole.held.clone() if phase != "select" and whole.held.any() else among.clone()
     scored[train] = False
     return Shots(whole, train, torch.nonzero(scored).flatten())
@@ -225,7 +205,7 @@ class Learner:
         self.side, self.device = section.side_of(panel.model), workspace.device
         self.model = vision.load(panel.model, classes=shots.images.classes, seed=seed).to(workspace.device)
         if vision.drawn(panel.model):
-            restore(self.model, workspace.checkpoints, panel.model)
+            first_training.restore(self.model, workspace.checkpoints, panel.model)
         width = vision.head_of(self.model).in_features
         self.dtype = models.precision(workspace.precision, width=width, where=workspace.device)
 
@@ -268,72 +248,3 @@ class Learner:
 
     def _features(self, rows: Tensor) -> Tensor:
         return vision.features(self.model, self._seen(rows)).float()
-
-
-def file_of(name: str) -> str:
-    """The file of a model's weights."""
-    return f"{spelled(name)}.safetensors"
-
-
-def shifted(
-    pixels: Float[Tensor, "batch channel side side"], shifts: Int[Tensor, "batch 2"], most: int
-) -> Float[Tensor, "batch channel side side"]:
-    """Images moved down and right by their shifts, of at most `most` pixels either way; black comes in."""
-    side = pixels.shape[-1]
-    padded = F.pad(pixels, [most] * 4)
-    lines = torch.arange(side) + most - shifts[:, :, None]
-    batch = torch.arange(len(pixels))[:, None, None]
-    return padded[batch, :, lines[:, 0, :, None], lines[:, 1, None, :]].permute(0, 3, 1, 2)
-
-
-def _shifted_batches(among: Tensor, section: Params) -> list[Int[Tensor, "batch 3"]]:
-    """Rows in a drawn order, epoch after epoch, each with how far it is shifted down and right."""
-    source, rows = seeding.generator(FIRST_SEED, "order"), []
-    needed = section.first_steps * section.first_batch
-    while sum(map(len, rows)) < needed:
-        rows.append(among[torch.randperm(len(among), generator=source)])
-    width = 2 * section.first_shift + 1
-    shifts = torch.randint(width, (needed, 2), generator=source) - section.first_shift
-    return list(torch.cat([torch.cat(rows)[:needed, None], shifts], 1).split(section.first_batch))
-
-
-def train_first(name: str, section: Params, workspace: Workspace) -> Steps:
-    """Train a shape's model on the first classes, leave its weights, and score it on images that it never saw."""
-    known = data(section.first_data, vision.SIDE, section.first_classes)
-    source = seeding.generator(section.data_seed, "first")
-    held = images.choose(known.labels, ~known.held, section.first_held, source)
-    among = torch.ones(len(known), dtype=torch.bool)
-    among[held] = False
-    model = vision.load(name, classes=known.classes, seed=FIRST_SEED).to(workspace.device)
-
-    def loss(rows: Tensor) -> supervised.Terms:
-        moved = shifted(known.at(rows[:, 0]), rows[:, 1:], section.first_shift)
-        seen = vision.prepared(name, moved, vision.SIDE).to(workspace.device)
-        labels = known.labels[rows[:, 0]].to(workspace.device)
-        return {"loss/ce": F.cross_entropy(vision.logits(model, seen), labels)}
-
-    parameters = models.trainable(model)
-    options = {"clip_norm": section.clip_norm, "state": workspace.state, "save_every": section.save_every}
-    batches = _shifted_batches(torch.nonzero(among).flatten(), section)
-    curve = yield from supervised.fit(parameters, loss, batches, learning_rate=section.first_rate, **options)
-    resume.write_tensors(workspace.checkpoints / file_of(name), dict(model.named_parameters()))
-    with torch.no_grad():
-        seen = vision.prepared(name, known.at(held), vision.SIDE).to(workspace.device)
-        guesses = vision.logits(model, seen).argmax(-1).cpu()
-    accuracy = (guesses == known.labels[held]).double().mean().item()
-    return result({"first/accuracy": accuracy}, curve, weights=parameters)
-
-
-def restore(model: nn.Module, folder: Path, name: str) -> None:
-    """Put the weights back, but for the head's. Raises ValueError if there are none, or those of another model."""
-    path, parameters = folder / file_of(name), dict(model.named_parameters())
-    if not path.is_file():
-        raise ValueError(f"expected the weights of {name} in {folder}, found none; run the cell that trains it")
-    weights = load_file(path)
-    if weights.keys() != parameters.keys():
-        raise ValueError(f"received {len(weights)} weights in {path}, expected the {len(parameters)} of {name}")
-    head = set(map(id, vision.head_of(model).parameters()))
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            if id(parameter) not in head:
-                parameter.copy_(weights[key])

@@ -5,7 +5,7 @@ Cells of the first wave leave the states below the adapted layers (`texts`), in 
 
 import functools
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from limbeck import models
+from limbeck import assets, models
 from limbeck.evaluation import text_overlap
-from limbeck.experiments.nola import arms, texts
+from limbeck.experiments.nola import texts
 from limbeck.experiments.nola.arms import Model
 from limbeck.experiments.nola.texts import Pair, Texts
 from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.models import language
-from limbeck.params import positive
+from limbeck.params import flat, positive
 from limbeck.sampling import Tokens
 from limbeck.tasks import classification, meanings
 from limbeck.tasks.meanings import Meaning
@@ -32,8 +32,8 @@ _HALVES = 2
 
 
 @dataclass(frozen=True)
-class Section(arms.AdapterSettings):
-    """Model, data and their sizes in params/nola.yaml; sources stand there. `layers` are the last ones, 0 for all.
+class TextSettings:
+    """A decoder and its texts; sources stand in params/nola.yaml. `layers` are the last ones, 0 for all.
 
     `split_sizes` counts meanings. `train_texts` texts are drawn from those to train on (-1: all); of those to validate
     on, the first `references` texts each count. Targets are cut at `longest` tokens, and sentences end there.
@@ -47,19 +47,29 @@ class Section(arms.AdapterSettings):
     train_texts: int
     references: int
     longest: int
+
+    def __post_init__(self) -> None:
+        positive(references=self.references, longest=self.longest)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The steps of a run, of `batch_size` texts each; its state and its curve are kept every `save_every`."""
+
+    steps: int
+    batch_size: int
     clip_norm: float
     save_every: int
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(references=self.references, longest=self.longest, save_every=self.save_every)
+        positive(steps=self.steps, batch_size=self.batch_size, save_every=self.save_every)
 
 
 @dataclass(frozen=True)
 class Data:
     """The parts of a data set in words and in tokens; the order of the texts to train on is drawn."""
 
-    section: Section
+    settings: TextSettings
     train: list[Meaning]
     validation: list[Meaning]
     test: list[Meaning]
@@ -77,29 +87,40 @@ class Data:
     def pair(self, meaning: Meaning, text: str) -> Pair:
         """A meaning and a text of it in tokens."""
         target = (*self.tokens(f" {text}"), self.tokenizer.eos_token_id)
-        return Pair(self.prompt(meaning), target[: self.section.longest])
+        return Pair(self.prompt(meaning), target[: self.settings.longest])
 
     @functools.cached_property
     def pairs(self) -> dict[str, list[Pair]]:
         """What is learned, and what the loss is measured on."""
-        held = [(meaning, text) for meaning in self.validation for text in meaning.texts[: self.section.references]]
+        held = [(meaning, text) for meaning in self.validation for text in meaning.texts[: self.settings.references]]
         parts = {"train": self.drawn, "validation": held}
         return {name: [self.pair(*row) for row in rows] for name, rows in parts.items()}
 
 
 @functools.lru_cache(maxsize=2)
-def prepare(section: Section) -> Data:
-    """The data of a section."""
-    train, validation, test = meanings.splits(section.data, section.split_sizes, seed=section.split_seed)
+def prepare(settings: TextSettings) -> Data:
+    """The texts of a decoder, drawn and in tokens."""
+    train, validation, test = meanings.splits(settings.data, settings.split_sizes, seed=settings.split_seed)
     pool = [(meaning, text) for meaning in train for text in meaning.texts]
-    (drawn,) = classification.draw(pool, [section.train_texts], seed=section.split_seed)
+    (drawn,) = classification.draw(pool, [settings.train_texts], seed=settings.split_seed)
     words = (part for meaning, text in drawn for part in (meanings.prompt(meaning), text))
-    return Data(section, train, validation, test, language.load_tokenizer(section.model, words), drawn)
+    return Data(settings, train, validation, test, language.load_tokenizer(settings.model, words), drawn)
 
 
-def state_cells(section: Section, inputs: dict[str, Any]) -> list[Cell]:
+def shared_inputs(params: Any, seeds: Sequence[int], left_out: Collection[str]) -> dict[str, Any]:
+    """What every cell of an experiment on texts depends on: its parameters but for those `left_out`, and its assets.
+
+    Raises ValueError for fewer seeds than `replicates`.
+    """
+    if len(seeds) < params.replicates:
+        raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
+    inputs = {name: value for name, value in flat(params).items() if name not in left_out}
+    return inputs | {"assets": assets.checksums(params.texts.model, params.texts.data)}
+
+
+def state_cells(settings: TextSettings, inputs: dict[str, Any]) -> list[Cell]:
     """The cells that leave the states; none where all layers are adapted."""
-    files = [f"{STATES}_{half}.safetensors" for half in range(_HALVES)] if section.layers else []
+    files = [f"{STATES}_{half}.safetensors" for half in range(_HALVES)] if settings.layers else []
     return [Cell({"phase": STATES, "arm": "none", "half": half}, inputs, (name,)) for half, name in enumerate(files)]
 
 
@@ -107,26 +128,26 @@ def write_states(cell: Cell, decoder: "FrozenDecoder") -> Generator[dict[str, fl
     """Run such a cell: the states of every other text."""
     pairs = decoder.all_pairs()[cell.coordinates["half"] :: _HALVES]
     yield {"step": 1, "steps": 1}
-    states = texts.states(decoder.load(), pairs, decoder.section.layers)
+    states = texts.states(decoder.load(), pairs, decoder.settings.layers)
     resume.write_tensors(decoder.workspace.checkpoints / cell.checkpoint_files[0], {STATES: torch.cat(states)})
     return Result({"states/tokens": float(sum(map(len, states)))})
 
 
 @dataclass(frozen=True)
 class FrozenDecoder:
-    """A section's decoder and texts where one cell runs: what it learns from, and what it is measured on."""
+    """A decoder and its texts where one cell runs: what it learns from, and what it is measured on."""
 
-    section: Section
+    settings: TextSettings
     workspace: Workspace
 
     @functools.cached_property
     def data(self) -> Data:
-        """The data."""
-        return prepare(self.section)
+        """The texts, in words and in tokens."""
+        return prepare(self.settings)
 
     def load(self) -> PreTrainedModel:
         """The model, frozen; one of a shape is drawn by seed 0."""
-        model = language.load(self.section.model, self.data.tokenizer, seed=0)
+        model = language.load(self.settings.model, self.data.tokenizer, seed=0)
         return model.eval().requires_grad_(False).to(self.workspace.device)
 
     def dtype(self, model: Model) -> torch.dtype:
@@ -141,7 +162,7 @@ class FrozenDecoder:
     @functools.cached_property
     def texts(self) -> dict[str, Texts]:
         """The parts of the data, with their states where a cell has left them."""
-        parts, layers = self.data.pairs, self.section.layers
+        parts, layers = self.data.pairs, self.settings.layers
         if not layers:
             return {name: Texts(pairs) for name, pairs in parts.items()}
         pairs, below = self.all_pairs(), {}
@@ -155,18 +176,29 @@ class FrozenDecoder:
         whole, rows = Texts(pairs, [below[row] for row in range(len(pairs))], layers), iter(range(len(pairs)))
         return {name: whole.rows(list(itertools.islice(rows, len(part)))) for name, part in parts.items()}
 
-    def fit(
-        self, model: Model, *, learning_rate: float, steps: int, seed: int
-    ) -> Generator[dict[str, float], None, supervised.Curve]:
-        """Train what is trainable, by `supervised.fit`; the curve is of what is minimised, smoothed labels and all."""
-        options = {"clip_norm": self.section.clip_norm, "save_every": self.section.save_every}
-        drawn = batches(self.texts["train"].pairs, size=self.section.batch_size, steps=steps, seed=seed)
-        options |= {"learning_rate": learning_rate, "state": self.workspace.state}
-        return supervised.fit(models.trainable(model), self.objective(model), drawn, **options)
+    def train_loss(self, model: Model, *, smoothing: float = 0.0) -> Callable[[Tensor], supervised.Terms]:
+        """The loss of some rows of the texts to train on, by `texts.loss_of`."""
+        return texts.loss_of(model, self.texts["train"], self.dtype(model), smoothing=smoothing)
 
-    def objective(self, model: Model) -> Callable[[Tensor], supervised.Terms]:
-        """What a step minimises, of its rows."""
-        return texts.loss_of(model, self.texts["train"], self.dtype(model), smoothing=self.section.smoothing)
+    def fit(
+        self,
+        model: Model,
+        loss: Callable[[Tensor], supervised.Terms],
+        loop: Loop,
+        *,
+        learning_rate: float,
+        seed: int,
+    ) -> Generator[dict[str, float], None, supervised.Curve]:
+        """Train what is trainable, by `supervised.fit`; the seed draws the order of the texts."""
+        return supervised.fit(
+            models.trainable(model),
+            loss,
+            batches(self.texts["train"].pairs, size=loop.batch_size, steps=loop.steps, seed=seed),
+            learning_rate=learning_rate,
+            clip_norm=loop.clip_norm,
+            state=self.workspace.state,
+            save_every=loop.save_every,
+        )
 
     def loss(self, model: Model, part: str) -> float:
         """Mean over the tokens of a part's targets, the end token among them, in nats."""
@@ -175,7 +207,7 @@ class FrozenDecoder:
     def sentences(self, model: Model, asked: Sequence[Meaning], beams: int) -> list[str]:
         """What the whole model says for each meaning: the best of some beams; with 1, each time the likeliest token."""
         prompts, tokenizer = [self.data.prompt(meaning) for meaning in asked], self.data.tokenizer
-        options = {"end": tokenizer.eos_token_id, "longest": self.section.longest, "dtype": self.dtype(model)}
+        options = {"end": tokenizer.eos_token_id, "longest": self.settings.longest, "dtype": self.dtype(model)}
         complete = functools.partial(texts.beam_completions, beams=beams) if beams > 1 else texts.greedy_completions
         return [tokenizer.decode(tokens).strip() for tokens in complete(model, prompts, **options)]
 

@@ -11,7 +11,7 @@ too.
 
 import functools
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from limbeck import assets, models
 from limbeck.experiments.nola import arms, frozen_decoder, texts
-from limbeck.experiments.nola.arms import Model
+from limbeck.experiments.nola.arms import AdapterSettings, Model
+from limbeck.experiments.nola.frozen_decoder import FrozenDecoder, Loop, TextSettings
 from limbeck.experiments.nola.texts import Pair, Texts
 from limbeck.experiments.runs import Cell, Result, Workspace, best, result
 from limbeck.models import language
@@ -37,35 +38,37 @@ _PLAIN = "### Instruction:\n{}\n\n### Response:"
 
 
 @dataclass(frozen=True)
-class Section(frozen_decoder.Section):
-    """The section of params/nola.yaml but for arms and rates; sources stand there.
+class InstructionSettings:
+    """How a decoder is asked; sources stand in params/nola.yaml.
 
-    `split_sizes` as in `instruction_texts.load`. Gradients of a batch are computed `micro_texts` texts at a time, which
-    changes their last bits alone. With `base_bits` 4 the frozen model is held in NF4, its scales quantised too, and
-    multiplied in bfloat16, as in the paper's released scripts (QLoRA, arXiv 2305.14314); with 32 as it comes.
+    With `base_bits` 4 the frozen model is held in NF4, its scales quantised too, and multiplied in bfloat16, as in the
+    paper's released scripts (QLoRA, arXiv 2305.14314); with 32 as it comes.
     """
 
     questions: str
     base_bits: int
     chat: bool
     longest_prompt: int
-    nola_share: float
-    batch_size: int
-    micro_texts: int
-    steps: int
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(longest_prompt=self.longest_prompt, nola_share=self.nola_share, micro_texts=self.micro_texts)
-        positive(batch_size=self.batch_size, steps=self.steps)
+        positive(longest_prompt=self.longest_prompt)
         one_of("base_bits", self.base_bits, (4, 32))
-        instructions.require_pair(self.data, self.questions)
 
 
 @dataclass(frozen=True)
-class Params(Section):
-    """The section of params/nola.yaml; sources stand there. Of the seeds, the first `replicates` are used."""
+class Params:
+    """The section of params/nola.yaml; sources stand there. Of the seeds, the first `replicates` are used.
 
+    `split_sizes` as in `instructions.load`. Gradients of a batch are computed `micro_texts` texts at a time, which
+    changes their last bits alone.
+    """
+
+    texts: TextSettings
+    asking: InstructionSettings
+    adapters: AdapterSettings
+    loop: Loop
+    nola_share: float
+    micro_texts: int
     arms: tuple[str, ...]
     lora_rates: tuple[float, ...]
     nola_rates: tuple[float, ...]
@@ -73,7 +76,8 @@ class Params(Section):
     replicates: int
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        positive(nola_share=self.nola_share, micro_texts=self.micro_texts)
+        instructions.require_pair(self.texts.data, self.asking.questions)
         for arm in self.arms:
             one_of("arm", arm, ARMS)
         if not 0 < len(self.lora_rates) == len(self.nola_rates):
@@ -86,11 +90,8 @@ class Params(Section):
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     """The states, the choice of each arm's rate, then the arms by seed. Raises ValueError for too few seeds."""
-    if len(seeds) < params.replicates:
-        raise ValueError(f"received the seeds {tuple(seeds)}, expected at least {params.replicates}")
-    inputs = {name: value for name, value in asdict(params).items() if name not in ("arms", "replicates")}
-    inputs["assets"] = assets.checksums(params.model, params.data)
-    planned = frozen_decoder.state_cells(params, inputs)
+    inputs = frozen_decoder.shared_inputs(params, seeds, ("arms", "replicates"))
+    planned = frozen_decoder.state_cells(params.texts, inputs)
     for arm in params.arms:
         for rate in params.rates(arm):
             coordinates = {"phase": "selection", "arm": arm, "learning_rate": rate, "seed": params.selection_seed}
@@ -102,7 +103,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
 
 def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str, float], None, Result]:
     """Run one cell; yields once per step."""
-    decoder, coordinates = InstructionDecoder(params, workspace), cell.coordinates
+    decoder, coordinates = InstructionDecoder(params.texts, workspace, params.asking), cell.coordinates
     if coordinates["phase"] == frozen_decoder.STATES:
         return (yield from frozen_decoder.write_states(cell, decoder))
     arm, final = coordinates["arm"], coordinates["phase"] == "final"
@@ -112,11 +113,13 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str,
         (record,) = (record for record in measured if record["cell"]["phase"] == "selection")
         return Result(record["metrics"], {}, 0, record["dtype"])
     rate = _chosen_rate(arm, workspace) if final else coordinates["learning_rate"]
-    model, curve = decoder.attach(arm, seed=coordinates["seed"]), {}
+    options = {"layers": params.texts.layers, "share": params.nola_share, "targets": LINEAR_LAYERS}
+    model, curve = arms.attach(arm, decoder.load(), params.adapters, seed=coordinates["seed"], **options), {}
     if arm == _UNTRAINED:
         yield {"step": 1, "steps": 1}
     else:
-        curve = yield from decoder.fit(model, learning_rate=rate, steps=params.steps, seed=coordinates["seed"])
+        loss = in_parts(decoder.train_loss(model), decoder.texts["train"], params.micro_texts)
+        curve = yield from decoder.fit(model, loss, params.loop, learning_rate=rate, seed=coordinates["seed"])
     metrics = {"adapter/learning_rate": rate, "adapter/parameters": float(arms.trainable_count(model))}
     metrics["validation/loss"] = decoder.loss(model, "validation")
     if final or arm == _UNTRAINED:
@@ -132,9 +135,10 @@ def _chosen_rate(arm: str, workspace: Workspace) -> float:
 
 @dataclass(frozen=True)
 class Data:
-    """The texts of a section in tokens."""
+    """The texts in tokens."""
 
-    section: Section
+    settings: TextSettings
+    asking: InstructionSettings
     tokenizer: PreTrainedTokenizerBase
     train: list[Asked]
     validation: list[Asked]
@@ -142,22 +146,22 @@ class Data:
 
     def prompt(self, text: str, *, plain: bool) -> Tokens:
         """An instruction in the section's form, or a plain text, as its last tokens."""
-        if self.section.chat and not plain:
+        if self.asking.chat and not plain:
             turns = [{"role": "system", "content": ""}, {"role": "user", "content": text}]
             ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
         else:
             ids = self.tokenizer(text if plain else _PLAIN.format(text))["input_ids"]
-        return tuple(ids[-self.section.longest_prompt :])
+        return tuple(ids[-self.asking.longest_prompt :])
 
     def answer(self, text: str, *, plain: bool) -> Tokens:
         """What follows a prompt, without an end token; after a space, where no turn of a chat has begun."""
-        spaced = text if self.section.chat and not plain else f" {text}"
+        spaced = text if self.asking.chat and not plain else f" {text}"
         return tuple(self.tokenizer(spaced, add_special_tokens=False)["input_ids"])
 
     def pair(self, asked: Asked) -> Pair:
         """An instruction and its answer, which ends in the end token unless it is cut."""
         target = (*self.answer(asked.text, plain=False), self.tokenizer.eos_token_id)
-        return Pair(self.prompt(asked.instruction, plain=False), target[: self.section.longest])
+        return Pair(self.prompt(asked.instruction, plain=False), target[: self.settings.longest])
 
     @functools.cached_property
     def pairs(self) -> dict[str, list[Pair]]:
@@ -172,39 +176,33 @@ class Data:
 
 
 @functools.lru_cache(maxsize=2)
-def prepare(section: Section) -> Data:
-    """The data of a section. Raises ValueError for `chat` with a tokenizer that has no template."""
-    options = {"train_texts": section.train_texts, "references": section.references, "seed": section.split_seed}
-    parts = instructions.load(section.data, section.questions, section.split_sizes, **options)
+def prepare(settings: TextSettings, asking: InstructionSettings) -> Data:
+    """The texts and questions in tokens. Raises ValueError for `chat` with a tokenizer that has no template."""
+    options = {"train_texts": settings.train_texts, "references": settings.references, "seed": settings.split_seed}
+    parts = instructions.load(settings.data, asking.questions, settings.split_sizes, **options)
     words = (text for asked in parts[0] for text in (_PLAIN.format(asked.instruction), asked.text))
-    tokenizer = language.load_tokenizer(section.model, words)
-    if section.chat and tokenizer.chat_template is None:
-        raise ValueError(f"received chat: true, expected a chat template with the tokenizer of {section.model}")
-    return Data(section, tokenizer, *parts)
+    tokenizer = language.load_tokenizer(settings.model, words)
+    if asking.chat and tokenizer.chat_template is None:
+        raise ValueError(f"received chat: true, expected a chat template with the tokenizer of {settings.model}")
+    return Data(settings, asking, tokenizer, *parts)
 
 
-class InstructionDecoder(frozen_decoder.FrozenDecoder):
+@dataclass(frozen=True)
+class InstructionDecoder(FrozenDecoder):
     """A frozen decoder that follows instructions, and which of four answers it finds likeliest."""
+
+    asking: InstructionSettings
 
     @functools.cached_property
     def data(self) -> Data:
-        """The data."""
-        return prepare(self.section)
+        """The texts and questions, in words and in tokens."""
+        return prepare(self.settings, self.asking)
 
     def load(self) -> PreTrainedModel:
         """The model, frozen."""
-        in_full = self.section.base_bits == 32
-        return super().load() if in_full else in_four_bits(self.section.model, self.workspace.device)
-
-    def attach(self, arm: str, *, seed: int) -> Model:
-        """The frozen model with the arm's adapter on every linear layer of its top layers but the head."""
-        options = {"layers": self.section.layers, "share": self.section.nola_share, "targets": LINEAR_LAYERS}
-        return arms.attach(arm, self.load(), self.section, seed=seed, **options)
-
-    def objective(self, model: Model) -> Callable[[Tensor], Terms]:
-        """The loss of a batch, `micro_texts` texts at a time."""
-        learned = self.texts["train"]
-        return in_parts(texts.loss_of(model, learned, self.dtype(model)), learned, self.section.micro_texts)
+        if self.asking.base_bits == 4:
+            return in_four_bits(self.settings.model, self.workspace.device)
+        return super().load()
 
     def accuracies(self, model: Model) -> dict[str, float]:
         """The share of questions whose right answer is the likeliest: by the mean over its tokens, and by their sum."""

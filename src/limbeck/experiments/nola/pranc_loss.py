@@ -24,15 +24,15 @@ HIDDEN = ("first", "second")
 
 
 @dataclass(frozen=True)
-class Params(budgets.Section):
+class Params:
     """The section of params/nola.yaml; sources stand there."""
 
+    shared: budgets.Settings
     width: int
     base_steps: int
     base_rate: float
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         positive(width=self.width, base_steps=self.base_steps, base_rate=self.base_rate)
 
 
@@ -41,7 +41,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     rest = budgets.cells(params, seeds, first=1)
     bases = [
         Cell({"phase": "base", "arm": "full", "budget": 0, "seed": seed}, rest[0].inputs, (_file(seed),))
-        for seed in (params.selection_seed, *seeds)
+        for seed in (params.shared.selection_seed, *seeds)
     ]
     return bases + rest
 
@@ -67,13 +67,13 @@ def perceptron(inputs: int, width: int, classes: int, seed: int) -> nn.Sequentia
 def run(cell: Cell, params: Params, workspace: Workspace) -> budgets.Steps:
     """Train and score one cell; yields once per step."""
     coordinates, base = cell.coordinates, cell.coordinates["phase"] == "base"
-    data = budgets.splits(params, BEFORE if base else AFTER)
+    data = budgets.splits(params.shared, BEFORE if base else AFTER)
     model = perceptron(data["train"].images[0].numel(), params.width, len(AFTER), coordinates["seed"])
     if base:
         return (yield from _pretrain(params, model, data, workspace, coordinates["seed"]))
     model.load_state_dict(load_file(workspace.checkpoints / _file(coordinates["seed"])), strict=False)  # not the head
     work = budgets.Work(model, data, list(HIDDEN), lambda name: name.startswith("head"))
-    return (yield from budgets.run(cell, params, workspace, work))
+    return (yield from budgets.run(cell, params.shared, workspace, work))
 
 
 def _pretrain(
@@ -82,7 +82,7 @@ def _pretrain(
     """Train the whole network and leave its hidden layers."""
     model, order = model.to(workspace.device), seeding.generator(seed, "base order")
     options = {"order": order, "steps": params.base_steps, "rate": params.base_rate}
-    curve = yield from budgets.fit(params, workspace, model, data["train"], **options)
+    curve = yield from budgets.fit(params.shared, workspace, model, data["train"], **options)
     hidden = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
     resume.write_tensors(workspace.checkpoints / _file(seed), hidden)
     scores = budgets.scores(model, data, workspace.device, test=False)
