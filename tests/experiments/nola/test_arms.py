@@ -84,7 +84,7 @@ def test_nola_has_as_many_bases_as_the_budget_allows():
     model = language.load("llama-3x32", language.load_tokenizer("llama-3x32", ["a b"] * 2), seed=0)
     assert [arms.bases_for(model, [1, 2], share) for share in (1.0, 0.5, 0.2, 1e-9)] == [32, 16, 6, 1]
     model.model.layers[2].self_attn.v_proj = torch.nn.Linear(32, 8)  # grouped values: 64 + 64 + 64 + 40 over 8
-    assert arms.bases_for(model, [1, 2]) == 29
+    assert arms.bases_for(model, [1, 2], 1.0) == 29
 
 
 def test_lora_starts_by_kaimings_rule_from_its_seed_at_the_given_scale():

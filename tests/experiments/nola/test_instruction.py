@@ -3,10 +3,10 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
@@ -232,7 +232,9 @@ def folders(tmp_path_factory):
             (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     words = [*map(str, asked), *map(str, rows["dev"]), "A B C D A B C D ### Instruction Response : . =>"] * 2
     tokenizer = language.load_tokenizer("llama-1x16", words)
-    language.load("llama-2x32", tokenizer, seed=0).save_pretrained(folder / "model")
+    language.load("llama-2x64", tokenizer, seed=0).save_pretrained(folder / "model")
+    language.load("llama-2x32", tokenizer, seed=0).save_pretrained(folder / "narrow")
+    tokenizer.save_pretrained(folder / "narrow")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "model")
     committed = params.load("nola", "table_instruction", "paper", instruction.Params)
@@ -270,23 +272,49 @@ def test_the_paper_section_runs_on_a_llama_from_a_folder_with_the_same_columns(f
     assert final["none"]["metrics"]["test/accuracy"] == sum(hits) / len(hits) == sum(hits) / 10
 
 
-def test_a_model_in_four_bits_has_levels_near_its_weights_and_learns_by_either_adapter(folders, tmp_path):
-    folders = cells.changed(folders, steps=6)
-    made, plain = bench(folders, tmp_path), bench(cells.changed(folders, base_bits=32), tmp_path)
-    weights = {name: layer.weight for name, layer in plain.load().named_modules() if isinstance(layer, nn.Linear)}
-    held = {name: layer for name, layer in made.load().named_modules() if isinstance(layer, Linear4bit)}
+NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]  # QLoRA, appendix E
+NF4 += [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]
+
+
+def rounded(weight):
+    """Every weight at its nearest level, with one scale for 64 of them, by looking at all levels."""
+    blocks, levels = weight.detach().view(-1, 64), torch.tensor(NF4)
+    scales = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks[..., None] / scales[..., None] - levels).abs().argmin(-1)
+    return (levels[nearest] * scales).view_as(weight)
+
+
+def test_a_model_in_four_bits_multiplies_by_its_weights_at_their_nearest_levels(folders, tmp_path):
+    """But for the rounding of the scales, to 8 bits, and for that of the products, to bfloat16."""
+    plain = bench(cells.changed(folders, base_bits=32), tmp_path).load()
+    weights = {name: layer.weight for name, layer in plain.named_modules() if isinstance(layer, nn.Linear)}
+    modules = bench(folders, tmp_path).load().named_modules()
+    held = {name: layer for name, layer in modules if isinstance(layer, Linear4bit)}
     assert set(held) == set(weights) - {"lm_head"}
     for name, layer in held.items():
-        found = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-        assert all(len(block.unique()) <= 16 for block in found.view(-1, 64)), "a scale for 64 weights"
-        assert 0 < (found - weights[name]).norm() < 0.1 * weights[name].norm(), name
+        twin = rounded(weights[name])
+        assert 0.05 < (twin - weights[name]).norm() / weights[name].norm() < 0.1, name
+        inputs = torch.randn(8, twin.shape[1], generator=torch.Generator().manual_seed(0))
+        outputs, expected = layer(inputs.bfloat16()).float(), inputs @ twin.T
+        assert (outputs - expected).norm() < 0.03 * expected.norm(), name
+
+
+def test_a_layer_narrower_than_a_block_of_four_bits_is_refused(folders, tmp_path):
+    narrow = cells.changed(folders, model=str(Path(folders.texts.model).with_name("narrow")))
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj of 32 inputs, expected at least 64"):
+        bench(narrow, tmp_path).load()
+
+
+def test_a_model_in_four_bits_learns_by_either_adapter(folders, tmp_path):
+    folders = cells.changed(folders, steps=12, nola_share=0.3)
     for arm, rate in (("lora_1", 1e-3), ("nola", 0.03)):
         made = bench(folders, tmp_path / arm)
         model = attached(made, folders, arm, seed=0)
-        before, base = made.loss(model, "train"), {name: value.clone() for name, value in model.state_dict().items()}
+        before = made.loss(model, "train")
+        base = {name: value.clone() for name, value in model.named_parameters()}
         list(made.fit(model, made.train_loss(model), folders.loop, learning_rate=rate, seed=0))
         assert made.loss(model, "train") < before
-        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, base[name])}
+        changed = {name for name, value in model.named_parameters() if not torch.equal(value, base[name])}
         assert changed
         assert all(".lora_" in name or ".nola_" in name for name in changed)
     with pytest.raises(ValueError, match=r"received a weight of torch.uint8, expected floating point; `to_lora` needs"):

@@ -55,8 +55,7 @@ class AdapterSettings:
     nola_scale: float
 
     def __post_init__(self) -> None:
-        positive(lora_scale=self.lora_scale, nola_scale=self.nola_scale)
-        positive(nola_rank=self.nola_rank)
+        positive(lora_scale=self.lora_scale, nola_rank=self.nola_rank, nola_scale=self.nola_scale)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -103,9 +102,7 @@ def shapes(model: PreTrainedModel, layers: Sequence[int], targets: Targets = QUE
     return [(layer.in_features, layer.out_features) for name, layer in named if name.endswith(targets)]
 
 
-def bases_for(
-    model: PreTrainedModel, layers: Sequence[int], share: float = 1.0, targets: Targets = QUERY_AND_VALUE
-) -> int:
+def bases_for(model: PreTrainedModel, layers: Sequence[int], share: float, targets: Targets = QUERY_AND_VALUE) -> int:
     """k = l at which NOLA has `share` of the parameters of LoRA of rank 1: 2 k per matrix against in + out."""
     matrices = shapes(model, layers, targets)
     return max(1, int(share * sum(map(sum, matrices)) / (2 * len(matrices)) + 1e-9))

@@ -34,6 +34,7 @@ from limbeck.training.supervised import Terms
 ARMS = ("none", "lora_1", "nola")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _UNTRAINED = "none"
+_BLOCK = 64  # weights that share a scale in NF4
 _PLAIN = "### Instruction:\n{}\n\n### Response:"
 
 
@@ -219,11 +220,19 @@ class InstructionDecoder(FrozenDecoder):
 
 
 def in_four_bits(name: str, where: torch.device) -> PreTrainedModel:
-    """A decoder from a local folder or the hub, frozen, its linear layers but the head in NF4; needs bitsandbytes."""
+    """A decoder from a local folder or the hub, frozen, its linear layers but the head in NF4; needs bitsandbytes.
+
+    Raises ValueError for a layer of fewer inputs than a block has weights: there bitsandbytes 0.50 multiplies wrongly,
+    without a word, on CPUs with AVX-512.
+    """
     form = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.bfloat16)
     options = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": str(where)}}
-    return AutoModelForCausalLM.from_pretrained(assets.source(name), **options).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(assets.source(name), **options).eval().requires_grad_(False)
+    for path, layer in model.named_modules():
+        if hasattr(getattr(layer, "weight", None), "quant_state") and layer.in_features < _BLOCK:
+            raise ValueError(f"received {path} of {layer.in_features} inputs, expected at least {_BLOCK} for 4 bits")
+    return model
 
 
 def in_parts(loss: Callable[[Tensor], Terms], learned: Texts, size: int) -> Callable[[Tensor], Terms]:
