@@ -27,6 +27,20 @@ def section(module, model, **changes):
     return dataclasses.replace(committed, model=model, **SMALL | changes)
 
 
+def changed(section, **changes):
+    """The section with some values changed, in whichever of its parts they stand."""
+    if unknown := changes.keys() - params.flat(section).keys():
+        raise ValueError(f"received {sorted(unknown)}, expected values of {type(section).__name__}")
+    fields = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            fields[field.name] = changed(value, **{k: v for k, v in changes.items() if k in params.flat(value)})
+        elif field.name in changes:
+            fields[field.name] = changes[field.name]
+    return dataclasses.replace(section, **fields)
+
+
 def place(folder, name, found=()):
     """Where one cell runs: checkpoints in `folder`, its state under its name, after the records `found`."""
     return Workspace(folder, folder / name / "state", list(found), torch.device("cpu"), "float32")

@@ -4,8 +4,7 @@ from limbeck.adapters.baselines import attach_pranc
 from limbeck.adapters.config import NolaConfig
 from limbeck.adapters.conversion import quantise, to_lora
 from limbeck.adapters.model import register
-from limbeck.adapters.reach import reach
 
 register()
 
-__all__ = ["NolaConfig", "attach_pranc", "quantise", "reach", "to_lora"]
+__all__ = ["NolaConfig", "attach_pranc", "quantise", "to_lora"]

@@ -1,201 +1,16 @@
-"""The ablations of NOLA: what a variant changes against a plain twin, and the experiment on a tiny decoder."""
+"""The ablations of NOLA, whole, on a tiny decoder."""
 
-import dataclasses
 import json
-import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 
 import cells
-from limbeck import models, params, records, seeding
-from limbeck.adapters import NolaConfig
-from limbeck.adapters.basis import Stream
-from limbeck.adapters.quantisation import packed
-from limbeck.experiments.nola import ablations, text_bench
-from limbeck.experiments.nola import ablations_variants as variants
-from limbeck.experiments.nola.ablations_bench import Bench
-from limbeck.training import supervised
-
-IN, OUT, RANK, NUMBER = 6, 5, 2, 9
-
-
-def module(dtype=torch.float64):
-    """One frozen linear layer of 6 inputs and 5 outputs."""
-    layer = nn.utils.skip_init(nn.Linear, IN, OUT, bias=False, dtype=dtype)
-    layer.weight.data.normal_(generator=seeding.generator(0, "layer"))
-    return nn.Sequential(layer).requires_grad_(False)
-
-
-def nola(dtype=torch.float64, **more):
-    return get_peft_model(
-        module(dtype), NolaConfig(**{"r": RANK, "num_basis": NUMBER, "nola_alpha": 3, "target_modules": ["0"]} | more)
-    )
-
-
-def lora(dtype=torch.float64):
-    """LoRA of which nothing is 0."""
-    with torch.random.fork_rng(devices=[]):
-        model = get_peft_model(module(dtype), LoraConfig(r=RANK, lora_alpha=3, target_modules=["0"]))
-    return shaken(model)
-
-
-def shaken(model):
-    source = seeding.generator(1, "shaken")
-    for weight in models.trainable(model).values():
-        weight.data.normal_(generator=source)
-    return model
-
-
-def data(rows=8):
-    source = seeding.generator(2, "data")
-    return [torch.randn(rows, width, generator=source, dtype=torch.float64) for width in (IN, OUT)]
-
-
-def delta(model):
-    (layer,) = (m for m in model.modules() if hasattr(m, "get_delta_weight"))
-    return layer.get_delta_weight("default").detach()
-
-
-def trained(model, rate, clip_norm, steps=6):
-    """The loss of every step."""
-    x, y = data()
-    batches = [torch.arange(8)] * steps
-    run = supervised.fit(
-        models.trainable(model),
-        lambda rows: {"loss/square": (model(x[rows]) - y[rows]).square().mean()},
-        batches,
-        learning_rate=rate,
-        clip_norm=clip_norm,
-        state=None,
-        save_every=1,
-    )
-    return [step["loss/square"] for step in run]
-
-
-@pytest.mark.parametrize("clip_norm", [0.05, 1e9])
-def test_unscaled_training_is_that_of_coefficients_without_the_root(clip_norm):
-    """A twin with A = A0 + sum alpha A_i, in float64, by another implementation of AdamW; also where it clips."""
-    x, y = data()
-    shapes = {"A": (IN, RANK), "B": (RANK, OUT)}
-    drawn = {n: Stream(0, "x".join(map(str, s)), n, s).draw(0, NUMBER).double() for n, s in shapes.items()}
-    start = Stream(0, "6x2", "A0", shapes["A"]).draw(0, 1).double().view(IN, RANK) / math.sqrt(IN)
-    alpha, beta = (torch.zeros(NUMBER, dtype=torch.float64, requires_grad=True) for _ in "AB")
-    optimiser = torch.optim.AdamW([alpha, beta], lr=0.01, weight_decay=0.0, foreach=False)
-    weight, losses = module()[0].weight, []
-    for step in range(6):
-        a, b = start + (alpha @ drawn["A"]).view(IN, RANK), (beta @ drawn["B"]).view(RANK, OUT)
-        loss = (x @ weight.T + 1.5 * x @ a @ b - y).square().mean()
-        losses.append(loss.item())
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([alpha, beta], clip_norm)
-        optimiser.param_groups[0]["lr"] = 0.01 * (1 - step / 6)
-        optimiser.step()
-    model = nola()
-    root = variants.unscale(model)
-    assert root == 3.0
-    assert trained(model, root * 0.01, clip_norm) == pytest.approx(losses, rel=1e-10)
-    assert losses != pytest.approx(trained(nola(), 0.01, clip_norm), rel=1e-3), "the scale changes something"
-
-
-def test_unscaled_training_needs_one_number_of_bases():
-    with pytest.raises(ValueError, match=r"received k and l among \[3, 4\], expected one number"):
-        variants.unscale(nola(num_basis=(3, 4)))
-
-
-def test_orthogonal_bases_have_the_variance_and_the_span_of_the_uniform_ones_and_are_used():
-    model, plain = (nola(num_basis=(7, 4)) for _ in range(2))
-    variants.orthogonalise(model)
-    given = model.base_model.bank.given
-    assert {(stream.factor, len(bases)) for stream, bases in given.items()} == {("A", 7), ("B", 4)}
-    for stream, bases in given.items():
-        uniform = stream.draw(0, len(bases))
-        expected = torch.eye(len(bases)) * stream.size / 3
-        torch.testing.assert_close(bases @ bases.T, expected, atol=1e-5, rtol=1e-5)
-        assert torch.linalg.matrix_rank(torch.cat([bases, uniform]), rtol=1e-5) == len(bases)
-        torch.testing.assert_close(bases[0] / bases[0].norm(), uniform[0] / uniform[0].norm())
-    a, b = (given[stream].double() for stream in sorted(given, key=lambda stream: stream.factor))
-    start = Stream(0, "6x2", "A0", (IN, RANK)).draw(0, 1).double().view(IN, RANK) / math.sqrt(IN)
-    layer = next(m for m in shaken(model).modules() if hasattr(m, "coefficients"))
-    alpha, beta = (c.detach()[0] for c in layer.coefficients("default"))
-    left, right = start + (alpha @ a).view(IN, RANK) / math.sqrt(7), (beta @ b).view(RANK, OUT) / 2
-    torch.testing.assert_close(delta(model), 1.5 * (left @ right).T)
-    assert not torch.allclose(delta(model), delta(shaken(plain)))
-
-
-def test_more_bases_than_entries_cannot_be_orthogonal():
-    with pytest.raises(ValueError, match="received 11 bases of 10 entries"):
-        variants.orthogonalise(nola(num_basis=11))
-
-
-def nearest(vector, bits):
-    """The nearest level of each value, by looking at all of them."""
-    top = 2 ** (bits - 1) - 1
-    levels = [step * max(map(abs, vector)) / top for step in range(-top, top + 1)]
-    return [min(levels, key=lambda level: abs(level - value)) for value in vector]
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_lora_is_rounded_by_rows_of_a_and_columns_of_b_after_and_in_training_alike(bits):
-    model, other = lora(), lora()
-    (layer,) = (m for m in model.modules() if hasattr(m, "get_delta_weight"))
-    a = torch.tensor([nearest(row, bits) for row in layer.lora_A["default"].weight.tolist()])
-    b = torch.tensor([nearest(column, bits) for column in layer.lora_B["default"].weight.T.tolist()]).T
-    variants.round_after(model, bits)
-    torch.testing.assert_close(delta(model), (1.5 * b @ a).double(), rtol=1e-5, atol=1e-6)
-    variants.round_in_training(other, bits)
-    x, _ = data()
-    torch.testing.assert_close(other(x), model(x))
-    assert not torch.allclose(lora()(x), model(x), rtol=1e-4)
-
-
-@pytest.mark.parametrize("bits", [2, 8])
-def test_nola_in_training_computes_with_what_rounding_after_leaves(bits):
-    model, other = shaken(nola()), shaken(nola())
-    variants.round_after(model, bits)
-    variants.round_in_training(other, bits)
-    x, _ = data()
-    torch.testing.assert_close(other(x), model(x))
-    assert not torch.allclose(shaken(nola())(x), model(x), rtol=1e-4)
-
-
-def test_the_gradient_passes_the_rounding_of_lora_straight():
-    """It is that of a model which holds the rounded numbers."""
-    straight, held = lora(), lora()
-    variants.round_in_training(straight, 3)
-    variants.round_after(held, 3)
-    x, y = data()
-    for model in (straight, held):
-        (model(x) - y).square().sum().backward()
-    gradients = [[weight.grad for weight in models.trainable(model).values()] for model in (straight, held)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_size_of_nola_is_that_of_the_tensors_in_its_file(bits):
-    model = shaken(nola(torch.float32, num_basis=(9, 5)))
-    assert variants.size(model, None) == 4 * (9 + 5)
-    variants.round_after(model, bits)
-    file = get_peft_model_state_dict(model)
-    held = [tensor.nbytes for name, tensor in file.items() if name.endswith(("coefficients", "scales"))]
-    assert variants.size(model, bits) == sum(held)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_size_of_lora_counts_two_vectors_a_rank_also_in_training(bits):
-    model = lora(torch.float32)
-    assert variants.size(model, None) == 4 * RANK * (IN + OUT)
-    vectors = [torch.zeros(RANK, width, dtype=torch.int8) for width in (IN, OUT)]
-    expected = sum(packed(vector, bits).nbytes + 4 * RANK for vector in vectors)
-    assert variants.size(model, bits) == expected
-    variants.round_in_training(model, bits)
-    assert variants.size(model, bits) == expected
+from limbeck import models, params, records
+from limbeck.experiments.nola import ablations, arms
+from limbeck.experiments.nola.ablations import SmallSoftmax
+from limbeck.experiments.nola.frozen_decoder import FrozenDecoder
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +21,20 @@ def section():
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     """The records of the smoke section, at rates that change something, and its folder."""
-    section = dataclasses.replace(section, log2_rates=(-4.0, -2.0), clip_norm=1e9)
+    section = cells.changed(section, log2_rates=(-4.0, -2.0), clip_norm=1e9)
     folder = tmp_path_factory.mktemp("ablations")
     return cells.run_all(ablations, section, folder, seeds=(0, 1)), folder, section
 
 
+def nearest(vector, bits):
+    """The nearest level of each value, by looking at all of them."""
+    top = 2 ** (bits - 1) - 1
+    levels = [step * max(map(abs, vector)) / top for step in range(-top, top + 1)]
+    return [min(levels, key=lambda level: abs(level - value)) for value in vector]
+
+
 def bench(section, folder, found=()):
-    return Bench(section, cells.place(folder, "x", found))
+    return SmallSoftmax(section.texts, cells.place(folder, "x", found))
 
 
 def whole_loss(made, model, kept):
@@ -227,7 +49,7 @@ def whole_loss(made, model, kept):
 
 def held(made, section, folder, point, seed):
     """A whole model with the adapter that a run of the centre left, and its numbers."""
-    model = ablations._attached(point | {"seed": seed}, section, text_bench.Bench(section, made.place))
+    model = ablations._attached(point | {"seed": seed}, section, FrozenDecoder(section.texts, made.workspace))
     weights = load_file(folder / f"{point['arm']}-{seed}.safetensors")
     assert list(weights) == sorted(models.trainable(model))
     return model, weights
@@ -277,13 +99,13 @@ def test_rounded_in_training_steps_differ_from_full_precisions_the_more_the_fewe
 
 
 def test_with_all_layers_adapted_the_softmax_is_over_the_whole_vocabulary(section, tmp_path):
-    whole = dataclasses.replace(section, layers=0)
+    whole = cells.changed(section, layers=0)
     found = ablations.cells(whole, (0, 1))
     assert found[0].coordinates == {"phase": "before", "arm": "none"}
     loss = cells.drive(ablations, whole, found[0], cells.place(tmp_path, "x")).metrics["validation/loss"]
     made = bench(whole, tmp_path)
     kept = list(range(len(made.data.tokenizer)))
-    assert loss == pytest.approx(whole_loss(made, made.decoder(), kept), rel=1e-5)
+    assert loss == pytest.approx(whole_loss(made, made.load(), kept), rel=1e-5)
 
 
 def test_every_arm_has_the_numbers_that_its_point_says(ran):
@@ -299,7 +121,7 @@ def test_every_arm_has_the_numbers_that_its_point_says(ran):
     curves = [json.dumps(run["curve"]) for run in final]
     assert len(set(curves)) == len(curves), "two arms took the same steps"
     for run in final:
-        assert run["metrics"]["train/loss"] == run["curve"]["loss/ce"][section.steps - 1]
+        assert run["metrics"]["train/loss"] == run["curve"]["loss/ce"][section.loop.steps - 1]
 
 
 def test_before_the_first_step_all_arms_of_a_seed_have_one_loss_and_seeds_meet_other_texts(ran):
@@ -338,7 +160,7 @@ def test_of_equal_losses_the_smallest_rate_is_chosen_and_another_method_does_not
         for (name, tried), loss in losses.items()
     ]
     found.append({"cell": {"phase": "sweep", "arm": "nola", "log2_rate": -1.0}, "metrics": {"validation/loss": 0.1}})
-    assert ablations._chosen(arm, cells.place(tmp_path, "x", found)) == rate
+    assert ablations._chosen_rate(arm, cells.place(tmp_path, "x", found)) == rate
 
 
 def test_without_the_scale_sixteen_bases_take_a_rate_that_is_four_times_smaller(ran):
@@ -357,7 +179,7 @@ def test_arms_have_the_bases_that_they_are_named_after(section, tmp_path):
     made, kinds, keys, given = bench(section, tmp_path), {}, {}, {}
     for arm in ("nola", "nola_unique", "normal", "rademacher", "orthogonal"):
         model = ablations._attached({"arm": arm, "rank": 2, "basis": 16, "seed": 5}, section, made)
-        streams = [stream for factor in variants._factors(model) for stream in factor.streams]
+        streams = [stream for factor in arms._factors(model) for stream in factor.streams]
         kinds[arm] = {(stream.distribution, stream.seed) for stream in streams}
         keys[arm], given[arm] = len(set(streams)), len(model.base_model.bank.given)
     assert kinds == {
@@ -394,19 +216,12 @@ def test_a_killed_cell_goes_on_to_the_same_bits(ran, wanted, global_generators):
 
 
 def test_labels_are_smoothed_as_the_section_says(section, tmp_path, monkeypatch):
-    told, fit = [], text_bench.Bench.fit
-
-    def fitted(self, model, **options):
-        told.append(options["smoothing"])
-        return fit(self, model, **options)
-
-    monkeypatch.setattr(text_bench.Bench, "fit", fitted)
-    smoothed = dataclasses.replace(section, smoothing=0.25)
-    cell = next(c for c in ablations.cells(smoothed, (0, 1)) if c.coordinates["phase"] == "choice")
-    for states in (c for c in ablations.cells(smoothed, (0, 1)) if c.coordinates["phase"] == text_bench.STATES):
-        cells.drive(ablations, smoothed, states, cells.place(tmp_path, "states"))
+    values, train_loss = [], FrozenDecoder.train_loss
+    monkeypatch.setattr(FrozenDecoder, "train_loss", lambda *a, **kw: values.append(kw) or train_loss(*a, **kw))
+    smoothed = cells.changed(section, smoothing=0.25, layers=0)
+    cell = next(cell for cell in ablations.cells(smoothed, (0, 1)) if cell.coordinates["phase"] == "choice")
     cells.drive(ablations, smoothed, cell, cells.place(tmp_path, "x"))
-    assert told == [0.25]
+    assert values == [{"smoothing": 0.25}]
 
 
 def test_an_added_seed_and_an_added_point_change_no_other_cell(section):
@@ -414,7 +229,7 @@ def test_an_added_seed_and_an_added_point_change_no_other_cell(section):
         return {records.cell_name(cell.coordinates): cell for cell in ablations.cells(section, seeds)}
 
     one = by_name(section)
-    more = dataclasses.replace(section, ranks=(1, 2, 4), bits=(8, 3, 2), replicates=3)
+    more = cells.changed(section, ranks=(1, 2, 4), bits=(8, 3, 2), replicates=3)
     many = by_name(more, (0, 1, 2))
     assert one == {name: many[name] for name in one}
     assert len(many) > len(one)
@@ -427,7 +242,7 @@ def test_the_claims_name_points_that_the_full_section_has():
     section = params.load("nola", "ablations", "full", ablations.Params)
     assert {16, 64, 256, 480, 1024} == set(section.bases)
     assert {1, 8, 16} <= set(section.ranks)
-    assert (section.nola_rank, section.basis, set(section.sweep_bases)) == (8, 480, {16, 480})
+    assert (section.adapters.nola_rank, section.basis, set(section.sweep_bases)) == (8, 480, {16, 480})
     assert 4 * section.basis == (576 + 576) + (576 + 192), "LoRA of rank 1 on SmolLM2's query and value"
 
 
@@ -443,4 +258,4 @@ def test_the_claims_name_points_that_the_full_section_has():
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)

@@ -7,7 +7,7 @@ import torch
 
 import cells
 from limbeck import models, params, paths
-from limbeck.experiments.nola import few_shot, table_vision, table_vision_full, vision_first, vision_section
+from limbeck.experiments.nola import few_shot, first_training
 from limbeck.models import vision
 
 PANEL = 0
@@ -15,8 +15,8 @@ PANEL = 0
 
 @pytest.fixture(scope="module")
 def section():
-    committed = params.load("nola", "table_vision", "smoke", table_vision.Params)
-    return dataclasses.replace(
+    committed = params.load("nola", "table_vision", "smoke", few_shot.Params)
+    return cells.changed(
         committed,
         nola_rates=(1e-2, 1e-1),
         lora_rates=(1e-2, 1e-1),
@@ -40,7 +40,7 @@ def found(section, folder):
 
 
 def shots(section, phase, subset):
-    return vision_section.shots(section, section.panels[PANEL], phase=phase, subset=subset)
+    return few_shot.shots(section, section.panels[PANEL], phase=phase, subset=subset)
 
 
 def test_no_image_that_chooses_a_rate_trains_or_scores_a_final_run(section):
@@ -59,21 +59,21 @@ def test_no_image_that_chooses_a_rate_trains_or_scores_a_final_run(section):
 
 
 def test_new_classes_are_those_that_the_first_training_never_saw_and_elsewhere_all(section):
-    whole = vision_section.data("digits", 28)
+    whole = first_training.data("digits", 28)
     new = shots(section, "final", 0).images
     assert len(new) == int((whole.labels > 4).sum())
-    first = vision_section.data("digits", 28, section.first_classes)
+    first = first_training.data("digits", 28, section.first.first_classes)
     seen = {image.numpy().tobytes() for image in first.pixels}
     assert not any(image.numpy().tobytes() in seen for image in new.pixels)
-    elsewhere = dataclasses.replace(section, first_data="mnist")
+    elsewhere = cells.changed(section, first_data="mnist")
     assert shots(elsewhere, "final", 0).images.classes == 10
 
 
 def test_a_data_sets_own_test_part_scores_and_never_trains(section, monkeypatch):
-    images = vision_section.data("digits", 28)
+    images = first_training.data("digits", 28)
     held = torch.arange(len(images)) % 2 == 0
-    monkeypatch.setattr(vision_section, "data", lambda *_: dataclasses.replace(images, held=held))
-    elsewhere = dataclasses.replace(section, first_data="mnist")
+    monkeypatch.setattr(first_training, "data", lambda *_: dataclasses.replace(images, held=held))
+    elsewhere = cells.changed(section, first_data="mnist")
     run, choice = shots(elsewhere, "final", 0), shots(elsewhere, "select", 0)
     assert run.scored.tolist() == torch.nonzero(held).flatten().tolist()
     for rows in (run.train, choice.train, choice.scored):
@@ -89,28 +89,28 @@ def test_shifting_moves_every_image_by_its_own_steps_and_lets_black_in():
             for x in range(4):
                 if 0 <= y - down < 4 and 0 <= x - right < 4:
                     expected[image, 0, y, x] = pixels[image, 0, y - down, x - right]
-    assert torch.equal(vision_first.shifted(pixels, shifts, 2), expected)
+    assert torch.equal(first_training.shifted(pixels, shifts, 2), expected)
 
 
 def test_the_first_training_sees_its_classes_but_the_held_out_part_and_leaves_all_but_the_head(section, folder, found):
     run = cells.pick(found, phase="first")
     assert run["checkpoint_files"] == ("vit-1x32x14.safetensors",)
-    images = vision_section.data("digits", 28, section.first_classes)
+    images = first_training.data("digits", 28, section.first.first_classes)
     seen = []
     real = vision.prepared
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision_first, "shifted", lambda pixels, shifts, most: seen.append((pixels, shifts)) or pixels)
+        patch.setattr(first_training, "shifted", lambda pixels, shifts, most: seen.append((pixels, shifts)) or pixels)
         patch.setattr(vision, "prepared", lambda *args: seen.append(args[1]) or real(*args))
         cells.drive(few_shot, section, few_shot.cells(section, (0, 1))[0], cells.place(folder / "again", "first"))
     tested = {image.numpy().tobytes() for image in seen.pop()}
     trained = {image.numpy().tobytes() for part in seen if isinstance(part, tuple) for image in part[0]}
-    assert len(tested) == section.first_held * 5
+    assert len(tested) == section.first.first_held * 5
     assert not tested & trained
     assert trained < {image.numpy().tobytes() for image in images.at(torch.arange(len(images)))}
     assert {int(s) for part in seen if isinstance(part, tuple) for s in part[1].flatten()} == {-1, 0, 1}
 
     model, fresh = (vision.load("vit-1x32x14", classes=5, seed=3) for _ in range(2))
-    vision_first.restore(model, folder, "vit-1x32x14")
+    first_training.restore(model, folder, "vit-1x32x14")
     same = {name for name, value in model.state_dict().items() if torch.equal(value, fresh.state_dict()[name])}
     assert same == {"classifier.weight", "classifier.bias"}
 
@@ -118,16 +118,16 @@ def test_the_first_training_sees_its_classes_but_the_held_out_part_and_leaves_al
 def test_weights_that_are_missing_or_of_another_model_are_refused(folder, found, tmp_path):
     model = vision.load("vit-2x32x14", classes=5, seed=0)
     with pytest.raises(ValueError, match=r"expected the weights of vit-2x32x14 in .*, found none"):
-        vision_first.restore(model, tmp_path, "vit-2x32x14")
+        first_training.restore(model, tmp_path, "vit-2x32x14")
     (tmp_path / "vit-2x32x14.safetensors").write_bytes((folder / "vit-1x32x14.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"weights in .*, expected the 40 of vit-2x32x14"):
-        vision_first.restore(model, tmp_path, "vit-2x32x14")
+        first_training.restore(model, tmp_path, "vit-2x32x14")
 
 
 def trained_apart(section, folder, run, rate):
     """Accuracy, loss and last window's training loss of one run in float64: own loop, schedule, smoothing, scores."""
     at, few = run["cell"], shots(section, run["cell"]["phase"], run["cell"]["subset"])
-    bench = few_shot.Bench(section, section.panels[PANEL], few, cells.place(folder, "apart"), at["seed"])
+    bench = few_shot.Learner(section, section.panels[PANEL], few, cells.place(folder, "apart"), at["seed"])
     vision.attach(bench.model, at["arm"], rank=section.rank, seed=at["seed"])
     model = bench.model.double()
     pixels = 2 * (few.images.pixels / 255).double() - 1
@@ -163,7 +163,7 @@ def test_an_arm_learns_and_scores_as_a_plain_loop_in_float64_does(section, folde
 def test_the_nearest_neighbour_is_that_of_a_loop_over_all_pairs(section, folder, found):
     few = shots(section, "final", 0)
     model = vision.load("vit-1x32x14", classes=5, seed=9)
-    vision_first.restore(model, folder, "vit-1x32x14")
+    first_training.restore(model, folder, "vit-1x32x14")
     with torch.no_grad():
         tokens = model.double().vit(2 * (few.images.pixels / 255).double() - 1).last_hidden_state[:, 0]
     hits = []
@@ -207,7 +207,7 @@ def test_a_choice_averages_over_subsets_and_breaks_a_tie_by_loss():
         record(0.4, 0, 1.0, 0.1, arm="lora_1"),
         record(0.5, 0, 1.0, 0.1, shots=10),
     ]
-    assert few_shot._chosen(at, dataclasses.replace(cells.place(paths.ROOT, "x"), records=records)) == 0.3
+    assert few_shot._chosen_rate(at, dataclasses.replace(cells.place(paths.ROOT, "x"), records=records)) == 0.3
 
 
 def test_a_run_that_was_left_goes_on_to_the_same_numbers(section, folder, found, global_generators):
@@ -227,14 +227,12 @@ def test_a_run_that_was_left_goes_on_to_the_same_numbers(section, folder, found,
 
 def test_an_epoch_shows_each_shot_once_and_a_last_short_batch_is_dropped(section, folder, found):
     few = shots(section, "final", 0)
-    bench = few_shot.Bench(section, section.panels[PANEL], few, cells.place(folder, "x"), 0)
+    bench = few_shot.Learner(section, section.panels[PANEL], few, cells.place(folder, "x"), 0)
     batches = bench.batches()
     assert [len(rows) for rows in batches] == [8] * section.epochs[0], "of 15 shots, 8 an epoch"
     assert len({tuple(rows.tolist()) for rows in batches}) == section.epochs[0], "every epoch has its own order"
     assert all(len(set(rows.tolist())) == 8 and set(rows.tolist()) <= set(few.train.tolist()) for rows in batches)
-    whole = few_shot.Bench(
-        dataclasses.replace(section, batch=64), section.panels[PANEL], few, cells.place(folder, "x"), 0
-    )
+    whole = few_shot.Learner(cells.changed(section, batch=64), section.panels[PANEL], few, cells.place(folder, "x"), 0)
     assert [sorted(rows.tolist()) for rows in whole.batches()] == [sorted(few.train.tolist())] * section.epochs[0]
 
 
@@ -252,7 +250,7 @@ def test_an_epoch_shows_each_shot_once_and_a_last_short_batch_is_dropped(section
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)
 
 
 def test_too_few_seeds_are_refused(section):
@@ -261,6 +259,5 @@ def test_too_few_seeds_are_refused(section):
 
 
 def test_the_models_own_training_depends_on_no_rate_or_panel(section):
-    other = dataclasses.replace(section, nola_rates=(1.0, 2.0), shots=(2,), reserved=5)
+    other = cells.changed(section, nola_rates=(1.0, 2.0), shots=(2,), reserved=5)
     assert few_shot.cells(section, (0, 1))[0] == few_shot.cells(other, (0, 1))[0]
-    assert table_vision_full.cells is few_shot.cells

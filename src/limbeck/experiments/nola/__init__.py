@@ -1,15 +1,15 @@
 """The experiments of NOLA, each with the module that has its `Params`, `cells` and `run`. Read as text: a literal."""
 
 EXPERIMENTS = {
-    "table_text": "text",
-    "table_text_full": "text",
-    "table_text_second": "text",
+    "table_text": "comparison",
+    "table_text_full": "comparison",
+    "table_text_second": "comparison",
     "ablations": "ablations",
-    "table_instruction": "table_instruction",
-    "table_vision": "table_vision",
-    "table_vision_full": "table_vision_full",
-    "fig_convolution": "fig_convolution",
-    "fig_rank": "fig_rank",
-    "fig_pranc_loss": "fig_pranc_loss",
-    "table_storage": "table_storage",
+    "table_instruction": "instruction",
+    "table_vision": "few_shot",
+    "table_vision_full": "few_shot",
+    "fig_convolution": "convolution",
+    "fig_rank": "rank",
+    "fig_pranc_loss": "pranc_loss",
+    "table_storage": "storage",
 }

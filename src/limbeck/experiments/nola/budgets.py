@@ -9,7 +9,7 @@ test split is read after the last step and chooses nothing.
 
 import functools
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from limbeck import assets, models, seeding
 from limbeck.adapters import NolaConfig, attach_pranc
 from limbeck.evaluation import classifier
-from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.experiments.runs import Cell, Result, Workspace, best, result
 from limbeck.models import resnet
-from limbeck.params import one_of, positive
+from limbeck.params import flat, one_of, positive
 from limbeck.tasks import images
 from limbeck.training import rollouts, supervised
 
@@ -34,8 +34,8 @@ Steps = Generator[dict[str, float], None, Result]
 
 
 @dataclass(frozen=True)
-class Section:
-    """What both comparisons have in params/nola.yaml; sources stand there. Sizes are images of each class."""
+class Settings:
+    """What both comparisons share; sources stand in params/nola.yaml. Sizes are images of each class."""
 
     data: str
     data_seed: int
@@ -57,7 +57,6 @@ class Section:
     save_every: int
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         for arm in self.arms:
             one_of("arm", arm, ARMS)
         for rate in self.rates:
@@ -68,7 +67,7 @@ class Section:
             raise ValueError(f"received budgets {self.budgets}, expected at least 2 each: NOLA has two factors")
 
 
-class Part(NamedTuple):
+class Split(NamedTuple):
     """A split: images in [0, 1] and their classes."""
 
     images: Tensor
@@ -79,41 +78,40 @@ class Work(NamedTuple):
     """A model, its data, the names of the layers to adapt, and which other parameters are free."""
 
     model: nn.Module
-    data: dict[str, Part]
+    data: dict[str, Split]
     targets: list[str]
     free: Callable[[str], bool]
 
 
-def cells(section: Section, seeds: Sequence[int], *, first: int) -> list[Cell]:
-    """The rates of every arm and budget in turn `first`, then what they chose by seed."""
-    inputs = {name: value for name, value in asdict(section).items() if name not in _NOT_INPUTS}
-    inputs |= {"assets": assets.checksums(section.data)}
-    places = [
-        {"arm": arm, "budget": budget} for arm in section.arms for budget in (section.budgets if arm in SIZED else (0,))
+def cells(params: Any, seeds: Sequence[int], *, first: int) -> list[Cell]:
+    """The rates of every arm and budget in wave `first`, then what they chose by seed; of `params.shared`."""
+    shared: Settings = params.shared
+    inputs = {name: value for name, value in flat(params).items() if name not in _NOT_INPUTS}
+    inputs |= {"assets": assets.checksums(shared.data)}
+    points = [
+        {"arm": arm, "budget": budget} for arm in shared.arms for budget in (shared.budgets if arm in SIZED else (0,))
     ]
     tried = [
-        Cell({"phase": "selection", **at, "rate": rate, "seed": section.selection_seed}, inputs, wave=first)
-        for at in places
-        for rate in section.rates
+        Cell({"phase": "selection", **point, "rate": rate, "seed": shared.selection_seed}, inputs, wave=first)
+        for point in points
+        for rate in shared.rates
     ]
-    chosen = inputs | {"rates": section.rates}
+    chosen = inputs | {"rates": shared.rates}
     return tried + [
-        Cell({"phase": "final", **at, "by": by, "seed": seed}, chosen, wave=first + 1)
+        Cell({"phase": "final", **point, "by": by, "seed": seed}, chosen, wave=first + 1)
         for seed in seeds
-        for at in places
-        for by in section.criteria
+        for point in points
+        for by in shared.criteria
     ]
 
 
-def rate_of(cell: Cell, found: Sequence[dict[str, Any]]) -> float:
+def rate_of(cell: Cell, records: Sequence[dict[str, Any]]) -> float:
     """The cell's own rate, or its arm's and budget's with the lowest loss by its criterion, the smallest of equals."""
-    at = cell.coordinates
-    if "rate" in at:
-        return at["rate"]
-    own = {"phase": "selection", "arm": at["arm"], "budget": at["budget"]}
-    tried = [record for record in found if own.items() <= record["cell"].items()]
-    best = min(tried, key=lambda run: (run["metrics"][f"{at['by']}/loss"], run["cell"]["rate"]))
-    return best["cell"]["rate"]
+    coordinates = cell.coordinates
+    if "rate" in coordinates:
+        return coordinates["rate"]
+    where = {"phase": "selection", "arm": coordinates["arm"], "budget": coordinates["budget"]}
+    return best(records, where, "rate", [f"{coordinates['by']}/loss"], highest=[False])
 
 
 @functools.cache
@@ -121,27 +119,27 @@ def _loaded(name: str) -> images.Images:
     return images.load(name)
 
 
-def parts(section: Section, classes: Sequence[int]) -> dict[str, Part]:
+def splits(settings: Settings, classes: Sequence[int]) -> dict[str, Split]:
     """Train, validation and test: other images of the same classes, drawn by the data's own seed."""
-    found = _loaded(section.data).of(classes)
-    source, among, made = seeding.generator(section.data_seed, "split"), ~found.held, {}
+    whole = _loaded(settings.data).of(classes)
+    source, among, by_name = seeding.generator(settings.data_seed, "split"), ~whole.held, {}
     for name in ("train", "validation", "test"):
-        rows = images.choose(found.labels, among, getattr(section, f"{name}_size"), source)
+        rows = images.choose(whole.labels, among, getattr(settings, f"{name}_size"), source)
         among[rows] = False
-        made[name] = Part(F.avg_pool2d(found.at(rows), section.pool), found.labels[rows])
-    return made
+        by_name[name] = Split(F.avg_pool2d(whole.at(rows), settings.pool), whole.labels[rows])
+    return by_name
 
 
-def attach(section: Section, work: Work, arm: str, budget: int, *, seed: int) -> dict[str, nn.Parameter]:
+def attach(settings: Settings, work: Work, arm: str, budget: int, *, seed: int) -> dict[str, nn.Parameter]:
     """Freeze the model but for the arm's parameters and the free ones; returns those, by name."""
     model = work.model.requires_grad_(arm == "full")
     if arm == "nola":
-        sizes = {"r": section.nola_rank, "num_basis": (budget - budget // 2, budget // 2)}
-        scale = {"nola_alpha": section.nola_scale * section.nola_rank, "basis_seed": seed, "share_basis": False}
+        sizes = {"r": settings.nola_rank, "num_basis": (budget - budget // 2, budget // 2)}
+        scale = {"nola_alpha": settings.nola_scale * settings.nola_rank, "basis_seed": seed, "share_basis": False}
         get_peft_model(model, NolaConfig(target_modules=work.targets, **sizes, **scale))
     if arm == "pranc":
         for name in work.targets:
-            options = {"seed": seed, "key": name, "scale": section.pranc_scale}
+            options = {"seed": seed, "key": name, "scale": settings.pranc_scale}
             attach_pranc(model.get_submodule(name), num_basis=budget, **options)
     for name, parameter in model.named_parameters():
         if work.free(name):
@@ -150,49 +148,49 @@ def attach(section: Section, work: Work, arm: str, budget: int, *, seed: int) ->
 
 
 def fit(
-    section: Section,
-    place: Workspace,
+    settings: Settings,
+    workspace: Workspace,
     model: nn.Module,
-    train: Part,
+    train: Split,
     *,
     order: torch.Generator,
     steps: int,
     rate: float,
 ) -> Generator[dict[str, float], None, supervised.Curve]:
     """Train what is trainable of a model, by `supervised.fit`, on batches in the drawn order."""
-    rows = rollouts.batches(len(train.labels), size=section.batch_size, steps=steps, source=order)
+    rows = rollouts.batches(len(train.labels), size=settings.batch_size, steps=steps, source=order)
 
     def loss(chosen: Tensor) -> dict[str, Tensor]:
-        logits = model(train.images[chosen].to(place.device))
-        return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(place.device))}
+        logits = model(train.images[chosen].to(workspace.device))
+        return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(workspace.device))}
 
     batches = [torch.tensor(chosen) for chosen in rows]
-    options = {"clip_norm": section.clip_norm, "state": place.state, "save_every": section.save_every}
+    options = {"clip_norm": settings.clip_norm, "state": workspace.state, "save_every": settings.save_every}
     return supervised.fit(models.trainable(model), loss, batches, learning_rate=rate, **options)
 
 
-def run(cell: Cell, section: Section, place: Workspace, work: Work) -> Steps:
-    """Train an arm at a rate and measure it; yields once a step."""
-    at, train = cell.coordinates, work.data["train"]
-    rate, seed = rate_of(cell, place.records), at["seed"]
-    model = work.model.to(place.device)
-    parameters = attach(section, work, at["arm"], at["budget"], seed=seed)
-    options = {"order": seeding.generator(seed, "order"), "steps": section.steps, "rate": rate}
-    curve = yield from fit(section, place, model, train, **options)
-    resnet.measure_statistics(model, train.images.to(place.device))
+def run(cell: Cell, settings: Settings, workspace: Workspace, work: Work) -> Steps:
+    """Train an arm at a rate and measure it; yields once per step."""
+    coordinates, train = cell.coordinates, work.data["train"]
+    rate, seed = rate_of(cell, workspace.records), coordinates["seed"]
+    model = work.model.to(workspace.device)
+    parameters = attach(settings, work, coordinates["arm"], coordinates["budget"], seed=seed)
+    options = {"order": seeding.generator(seed, "order"), "steps": settings.steps, "rate": rate}
+    curve = yield from fit(settings, workspace, model, train, **options)
+    resnet.measure_statistics(model, train.images.to(workspace.device))
     counted = sum(parameter.numel() for name, parameter in parameters.items() if not work.free(name))
-    metrics = {"adapter/coefficients": float(counted if at["arm"] in SIZED else 0), "selection/rate": rate}
-    metrics |= scores(model, work.data, place.device, test=at["phase"] == "final")
-    return Result(metrics, curve, sum(parameter.numel() for parameter in parameters.values()))
+    metrics = {"adapter/coefficients": float(counted if coordinates["arm"] in SIZED else 0), "selection/rate": rate}
+    metrics |= scores(model, work.data, workspace.device, test=coordinates["phase"] == "final")
+    return result(metrics, curve, weights=parameters)
 
 
 @torch.no_grad()
-def scores(model: nn.Module, data: dict[str, Part], device: torch.device, *, test: bool) -> dict[str, float]:
+def scores(model: nn.Module, data: dict[str, Split], device: torch.device, *, test: bool) -> dict[str, float]:
     """Mean cross-entropy in nats and accuracy of every split; of the test split only where it is asked for."""
-    found = {}
+    by_name = {}
     for name, part in data.items():
         if name != "test" or test:
             logits = torch.cat([model(batch.to(device)).cpu() for batch in part.images.split(256)])
-            found[f"{name}/loss"] = F.cross_entropy(logits, part.labels).item()
-            found[f"{name}/accuracy"] = classifier.accuracy(logits, part.labels)
-    return found
+            by_name[f"{name}/loss"] = F.cross_entropy(logits, part.labels).item()
+            by_name[f"{name}/accuracy"] = classifier.accuracy(logits, part.labels)
+    return by_name

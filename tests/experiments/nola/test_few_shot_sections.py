@@ -1,6 +1,5 @@
 """The committed sections of the few-shot tables: their budgets, their claims, and the paper's on a tiny ViT."""
 
-import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -12,18 +11,18 @@ from transformers import ViTConfig, ViTForImageClassification
 import cells
 from limbeck import models, params
 from limbeck.exhibits import claims
-from limbeck.experiments.nola import few_shot, table_vision, table_vision_full
+from limbeck.experiments.nola import few_shot
 from limbeck.models import vision
 
-MODULES = {"table_vision": table_vision, "table_vision_full": table_vision_full}
+EXPERIMENTS = ("table_vision", "table_vision_full")
 
 
 def load(name, profile):
-    return params.load("nola", name, profile, MODULES[name].Params)
+    return params.load("nola", name, profile, few_shot.Params)
 
 
 def test_the_default_has_the_papers_rows_with_twelve_runs_each_and_three_rates_an_arm():
-    made = table_vision.cells(load("table_vision", "default"), (0, 1, 2, 3, 4))
+    made = few_shot.cells(load("table_vision", "default"), (0, 1, 2, 3, 4))
     final = Counter(cell.coordinates["arm"] for cell in made if cell.coordinates["phase"] == "final")
     assert final == dict.fromkeys(("nearest", "linear", "full", "lora_4", "lora_1", "nola", "nola_half"), 12)
     pairs = [(c.coordinates["subset"], c.coordinates["seed"]) for c in made if c.coordinates.get("arm") == "nola"]
@@ -55,7 +54,7 @@ def test_vit_large_has_the_papers_counts():
 
 @pytest.mark.parametrize(("name", "profile"), [("table_vision", "default"), ("table_vision_full", "full")])
 def test_every_claim_but_one_names_cells_that_are_run(name, profile):
-    made = [cell.coordinates for cell in MODULES[name].cells(load(name, profile), range(5))]
+    made = [cell.coordinates for cell in few_shot.cells(load(name, profile), range(5))]
     final = [at for at in made if at["phase"] == "final"]
     missing = []
     for claim in (claim for claim in claims.load("nola") if claim.exhibit == name):
@@ -83,7 +82,7 @@ def local(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_papers_section_runs_on_a_vit_and_pictures_from_folders_with_the_same_columns(local, tmp_path, name):
     committed = load(name, "paper")
     assert not any(map(vision.drawn, committed.models))
@@ -91,7 +90,7 @@ def test_the_papers_section_runs_on_a_vit_and_pictures_from_folders_with_the_sam
     assert set(committed.subsets) == {4}
     small = {"models": (str(local / "vit"),), "targets": (f"folder/{local / 'data'}",), "shots": (3,), "subsets": (1,)}
     small |= {"epochs": (4,), "side": 16, "reserved": 5, "selection_subsets": 1, "initialisations": 1, "batch": 4}
-    section = dataclasses.replace(
+    section = cells.changed(
         committed, **small, linear_rates=(1e-1,), full_rates=(1e-2,), lora_rates=(1e-1,), nola_rates=(1e-1,)
     )
     found = cells.run_all(few_shot, section, tmp_path)

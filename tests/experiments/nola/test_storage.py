@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import cells
 from limbeck import params
-from limbeck.experiments.nola import table_storage
+from limbeck.experiments.nola import storage
 
-SECTION = params.load("nola", "table_storage", "smoke", table_storage.Params)
+SECTION = params.load("nola", "table_storage", "smoke", storage.Params)
 GPT2, VIT = [(1024, 1024)] * 48, [(1024, 4096), (4096, 1024)] * 24
 
 
@@ -34,25 +34,23 @@ MATRICES = {  # what NOLA adapts
 @pytest.mark.parametrize("model", MATRICES)
 def test_nola_counts_k_and_l_of_each_matrix_and_lora_its_rows_and_columns(model):
     at = {"model": model, "arm": "nola", "basis": 16, "bits": 32}
-    count = table_storage.sizes(table_storage.attached(model, table_storage.config(at, SECTION)))["count/trainable"]
+    count = storage.sizes(storage.attached(model, storage.config(at, SECTION)))["count/trainable"]
     assert count == 2 * 16 * len(MATRICES[model])
-    lora = table_storage.config(at | {"arm": "lora_1"}, SECTION)
+    lora = storage.config(at | {"arm": "lora_1"}, SECTION)
     adapted = {"gpt2_m": [(1024, 3072)] * 24, "gpt2_l": [(1280, 3840)] * 36, "vit_l": [(1024, 1024)] * 48}
     expected = sum(rows + cols for rows, cols in adapted.get(model, MATRICES[model]))
-    assert table_storage.sizes(table_storage.attached(model, lora))["count/trainable"] == expected
+    assert storage.sizes(storage.attached(model, lora))["count/trainable"] == expected
 
 
 @pytest.mark.parametrize("row", ["tiny lora_4", "tiny lora_1", "tiny vera", "tiny nola 8 32", "tiny nola 8 3"])
 def test_an_adapter_of_a_model_with_weights_takes_the_same_bytes(row, monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        table_storage.MODELS, "tiny", lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=12, n_head=2))
-    )
-    at = table_storage._coordinates(row)
+    monkeypatch.setitem(storage.MODELS, "tiny", lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=12, n_head=2)))
+    at = storage._coordinates(row)
     section = dataclasses.replace(SECTION, vera_rank=3)
-    adapter = table_storage.config({**at, "model": "gpt2_tiny"}, section)
-    found = table_storage.sizes(table_storage.attached("tiny", adapter))
+    adapter = storage.config({**at, "model": "gpt2_tiny"}, section)
+    found = storage.sizes(storage.attached("tiny", adapter))
     with torch.random.fork_rng(devices=[]):
-        model = get_peft_model(table_storage.MODELS["tiny"](), adapter)
+        model = get_peft_model(storage.MODELS["tiny"](), adapter)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
@@ -66,7 +64,7 @@ def test_an_adapter_of_a_model_with_weights_takes_the_same_bytes(row, monkeypatc
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Row of the smoke section -> its metrics."""
-    runs = cells.run_all(table_storage, SECTION, tmp_path_factory.mktemp("storage"))
+    runs = cells.run_all(storage, SECTION, tmp_path_factory.mktemp("storage"))
     return {(run["cell"]["arm"], run["cell"]["bits"]): run["metrics"] for run in runs}
 
 
@@ -96,7 +94,7 @@ def test_a_fleet_is_so_many_files(found):
 
 def test_what_is_saved_of_nola_is_packed_numbers_by_module(tmp_path):
     at = {"model": "gpt2_m", "arm": "nola", "basis": 10, "bits": 4}
-    table_storage.attached("gpt2_m", table_storage.config(at, SECTION)).save_pretrained(tmp_path)
+    storage.attached("gpt2_m", storage.config(at, SECTION)).save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if "coefficients" in key}  # noqa: SIM118
     assert set(shapes.values()) == {(2, 10)}  # alpha and beta of q and v: 2 x 5 bytes each

@@ -15,7 +15,7 @@ from torch import nn
 
 from limbeck import seeding
 from limbeck.experiments.nola import budgets
-from limbeck.experiments.runs import Cell, Result, Workspace
+from limbeck.experiments.runs import Cell, Workspace, result
 from limbeck.params import positive
 from limbeck.training import resume
 
@@ -24,16 +24,15 @@ HIDDEN = ("first", "second")
 
 
 @dataclass(frozen=True)
-class Params(budgets.Section):
+class Params:
     """The section of params/nola.yaml; sources stand there."""
 
+    shared: budgets.Settings
     width: int
     base_steps: int
     base_rate: float
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
-        super().__post_init__()
         positive(width=self.width, base_steps=self.base_steps, base_rate=self.base_rate)
 
 
@@ -42,7 +41,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     rest = budgets.cells(params, seeds, first=1)
     bases = [
         Cell({"phase": "base", "arm": "full", "budget": 0, "seed": seed}, rest[0].inputs, (_file(seed),))
-        for seed in (params.selection_seed, *seeds)
+        for seed in (params.shared.selection_seed, *seeds)
     ]
     return bases + rest
 
@@ -65,26 +64,26 @@ def perceptron(inputs: int, width: int, classes: int, seed: int) -> nn.Sequentia
     return model
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> budgets.Steps:
-    """Train and score one cell; yields once a step."""
-    at, base = cell.coordinates, cell.coordinates["phase"] == "base"
-    data = budgets.parts(params, BEFORE if base else AFTER)
-    model = perceptron(data["train"].images[0].numel(), params.width, len(AFTER), at["seed"])
+def run(cell: Cell, params: Params, workspace: Workspace) -> budgets.Steps:
+    """Train and score one cell; yields once per step."""
+    coordinates, base = cell.coordinates, cell.coordinates["phase"] == "base"
+    data = budgets.splits(params.shared, BEFORE if base else AFTER)
+    model = perceptron(data["train"].images[0].numel(), params.width, len(AFTER), coordinates["seed"])
     if base:
-        return (yield from _pretrain(params, model, data, place, at["seed"]))
-    model.load_state_dict(load_file(place.checkpoints / _file(at["seed"])), strict=False)  # all but the head
+        return (yield from _pretrain(params, model, data, workspace, coordinates["seed"]))
+    model.load_state_dict(load_file(workspace.checkpoints / _file(coordinates["seed"])), strict=False)  # not the head
     work = budgets.Work(model, data, list(HIDDEN), lambda name: name.startswith("head"))
-    return (yield from budgets.run(cell, params, place, work))
+    return (yield from budgets.run(cell, params.shared, workspace, work))
 
 
 def _pretrain(
-    params: Params, model: nn.Module, data: dict[str, budgets.Part], place: Workspace, seed: int
+    params: Params, model: nn.Module, data: dict[str, budgets.Split], workspace: Workspace, seed: int
 ) -> budgets.Steps:
     """Train the whole network and leave its hidden layers."""
-    model, order = model.to(place.device), seeding.generator(seed, "base order")
+    model, order = model.to(workspace.device), seeding.generator(seed, "base order")
     options = {"order": order, "steps": params.base_steps, "rate": params.base_rate}
-    curve = yield from budgets.fit(params, place, model, data["train"], **options)
-    left = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
-    resume.write_tensors(place.checkpoints / _file(seed), left)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return Result(budgets.scores(model, data, place.device, test=False), curve, count)
+    curve = yield from budgets.fit(params.shared, workspace, model, data["train"], **options)
+    hidden = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
+    resume.write_tensors(workspace.checkpoints / _file(seed), hidden)
+    scores = budgets.scores(model, data, workspace.device, test=False)
+    return result(scores, curve, weights=dict(model.named_parameters()))

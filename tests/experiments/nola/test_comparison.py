@@ -1,6 +1,5 @@
 """The comparison on text, whole, on its smoke section, and on a GPT-2 and texts from folders as in the paper's."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,8 +8,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import cells
 from limbeck import params
-from limbeck.experiments.nola import adapting, table_text, table_text_full, text_bench, text_model
-from limbeck.experiments.nola.text_bench import Bench
+from limbeck.experiments.nola import arms, comparison, frozen_decoder
+from limbeck.experiments.nola import texts as text_loss
+from limbeck.experiments.nola.frozen_decoder import FrozenDecoder
 from limbeck.models import language
 
 SCORES = {"train/loss", "validation/loss", "test/bleu", "test/rouge_l", "storage/parameters", "storage/bytes"}
@@ -18,13 +18,13 @@ SCORES = {"train/loss", "validation/loss", "test/bleu", "test/rouge_l", "storage
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("nola", "table_text", "smoke", table_text.Params)
+    return params.load("nola", "table_text", "smoke", comparison.Params)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    return cells.run_all(table_text, section, folder, seeds=(0, 1)), folder
+    return cells.run_all(comparison, section, folder, seeds=(0, 1)), folder
 
 
 def test_every_arm_has_its_scores_and_the_rate_of_lowest_validation_loss(ran, section):
@@ -56,30 +56,32 @@ def test_without_an_adapter_only_the_last_texts_differ_between_seeds(ran, sectio
     found, folder = ran
     first, second = (cells.pick(found, phase="final", arm="none", seed=seed)["metrics"] for seed in (0, 1))
     assert {name for name in first if first[name] != second[name]} == {"train/loss"}
-    bench = Bench(section, cells.place(folder, "again"))
+    bench = FrozenDecoder(section.texts, cells.place(folder, "again"))
     assert first["validation/loss"] == pytest.approx(
-        text_model.mean_loss(bench.decoder(), bench.texts["validation"], torch.float32)
+        text_loss.mean_loss(bench.load(), bench.texts["validation"], torch.float32)
     )
     texts = bench.texts["train"]
     for seed, metrics in enumerate((first, second)):
-        *_, last = text_bench.batches(texts.pairs, size=section.batch_size, steps=section.steps, seed=seed)
-        expected = text_model.mean_loss(bench.decoder(), texts.rows(last.tolist()), torch.float32)
+        *_, last = frozen_decoder.batches(
+            texts.pairs, size=section.loop.batch_size, steps=section.loop.steps, seed=seed
+        )
+        expected = text_loss.mean_loss(bench.load(), texts.rows(last.tolist()), torch.float32)
         assert metrics["train/loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_that_was_killed_ends_in_the_same_bits(ran, section):
     found, folder = ran
     wanted = {"phase": "final", "arm": "nola", "seed": 1}
-    (cell,) = [cell for cell in table_text.cells(section, (0, 1)) if cell.coordinates == wanted]
+    (cell,) = [cell for cell in comparison.cells(section, (0, 1)) if cell.coordinates == wanted]
     place = cells.place(folder, "killed", found)
-    assert cells.drive(table_text, section, cell, place, kill_at=2) is None
-    again = cells.drive(table_text, section, cell, place)
+    assert cells.drive(comparison, section, cell, place, kill_at=2) is None
+    again = cells.drive(comparison, section, cell, place)
     assert (again.metrics, again.curve) == tuple(cells.pick(found, **wanted)[key] for key in ("metrics", "curve"))
 
 
 def test_a_method_that_learns_for_long_beats_the_base_on_both_losses(section, tmp_path):
-    long = dataclasses.replace(section, arms=("none", "nola"), steps=40, save_every=10, selection_steps=2, replicates=1)
-    found = cells.run_all(table_text, long, tmp_path)
+    long = cells.changed(section, arms=("none", "nola"), steps=40, save_every=10, selection_steps=2, replicates=1)
+    found = cells.run_all(comparison, long, tmp_path)
     base, nola = (cells.pick(found, phase="final", arm=arm)["metrics"] for arm in ("none", "nola"))
     assert nola["validation/loss"] < base["validation/loss"] - 0.05
     assert nola["train/loss"] < base["train/loss"] - 0.05
@@ -100,29 +102,29 @@ def own(tmp_path_factory):
         GPT2LMHeadModel(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     small = {"model": str(folder / "model"), "data": str(folder), "steps": 2, "selection_steps": 1, "batch_size": 4}
-    committed = params.load("nola", "table_text", "paper", table_text.Params)
-    return dataclasses.replace(committed, **small, longest=8, replicates=1, save_every=1, nola_rank=2)
+    committed = params.load("nola", "table_text", "paper", comparison.Params)
+    return cells.changed(committed, **small, longest=8, replicates=1, save_every=1, nola_rank=2)
 
 
 def test_labels_are_smoothed_and_beams_are_as_many_as_the_section_says(own, tmp_path, monkeypatch):
-    told, fit, scores = [], Bench.fit, Bench.test_scores
-
-    def fitted(self, model, **options):
-        told.append(options["smoothing"])
-        return fit(self, model, **options)
+    values, scores, train_loss = [], FrozenDecoder.test_scores, FrozenDecoder.train_loss
 
     def scored(self, model, beams):
-        told.append(beams)
+        values.append(beams)
         return scores(self, model, beams)
 
-    monkeypatch.setattr(Bench, "fit", fitted)
-    monkeypatch.setattr(Bench, "test_scores", scored)
-    cells.run_all(table_text, dataclasses.replace(own, arms=("none", "nola")), tmp_path)
-    assert set(told) == {own.smoothing, own.beams} == {0.1, 10}
+    def smoothed(self, model, **options):
+        values.extend(options.values())
+        return train_loss(self, model, **options)
+
+    monkeypatch.setattr(FrozenDecoder, "test_scores", scored)
+    monkeypatch.setattr(FrozenDecoder, "train_loss", smoothed)
+    cells.run_all(comparison, cells.changed(own, arms=("none", "nola")), tmp_path)
+    assert set(values) == {own.smoothing, own.beams} == {0.1, 10}
 
 
 def test_the_papers_section_runs_on_a_gpt2_and_texts_from_folders(own, tmp_path):
-    found = cells.run_all(table_text, own, tmp_path)
+    found = cells.run_all(comparison, own, tmp_path)
     final = {run["cell"]["arm"]: run for run in found if run["cell"]["phase"] == "final"}
     assert set(final) == set(own.arms)
     assert all(set(run["metrics"]) - {"chosen/rate"} == SCORES for run in final.values())
@@ -132,12 +134,12 @@ def test_the_papers_section_runs_on_a_gpt2_and_texts_from_folders(own, tmp_path)
 
 
 def test_all_rows_run_where_all_layers_are_adapted(tmp_path):
-    section = params.load("nola", "table_text_full", "smoke", table_text_full.Params)
-    section = dataclasses.replace(section, replicates=1)
-    found = cells.run_all(table_text_full, section, tmp_path)
+    section = params.load("nola", "table_text_full", "smoke", comparison.Params)
+    section = cells.changed(section, replicates=1)
+    found = cells.run_all(comparison, section, tmp_path)
     assert {run["cell"]["phase"] for run in found} == {"selection", "final"}
     final = {run["cell"]["arm"]: run["metrics"] for run in found if run["cell"]["phase"] == "final"}
-    assert set(final) == set(adapting.ARMS)
+    assert set(final) == set(arms.ARMS)
     assert final["full"]["storage/bytes"] > 10 * final["lora_4"]["storage/bytes"] > 10 * final["nola"]["storage/bytes"]
 
 
@@ -153,9 +155,9 @@ def test_all_rows_run_where_all_layers_are_adapted(tmp_path):
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)
 
 
 def test_too_few_seeds_are_refused(section):
     with pytest.raises(ValueError, match=r"received the seeds \(0,\), expected at least 2"):
-        table_text.cells(section, (0,))
+        comparison.cells(section, (0,))

@@ -1,4 +1,4 @@
-"""A frozen decoder that reads a prompt and what is said after it: its loss, and what it says itself.
+"""Texts for a frozen decoder, a prompt and what is said after it: the loss on them, and what the decoder says itself.
 
 The loss is the mean of -log p over the target's tokens, the end token among them, over the whole vocabulary; the head
 is computed at these positions alone. Where only the top layers are adapted, the states below them are computed once for
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from limbeck import models, sampling
-from limbeck.experiments.nola.adapting import Model
+from limbeck.experiments.nola.arms import Model
 from limbeck.sampling import Tokens
 from limbeck.training.supervised import Terms
 
@@ -61,12 +61,12 @@ def states(model: Model, pairs: Sequence[Pair], layers: int) -> list[Tensor]:
     inner = _inner(model)
     if not hasattr(inner, "rotary_emb"):
         raise ValueError(f"received {type(inner).__name__} and layers {layers}, expected rotary positions, or layers 0")
-    below, found = _view(inner, slice(0, -layers), last=False), {}
+    below, by_row = _view(inner, slice(0, -layers), last=False), {}
     for rows in by_length(pairs):
         ids, _ = sampling.padded([pairs[row].read for row in rows], model.device)
-        out = below(input_ids=ids, use_cache=False).last_hidden_state
-        found |= {row: out[at, : len(pairs[row].read)].clone() for at, row in enumerate(rows)}
-    return [found[row] for row in range(len(pairs))]
+        hidden = below(input_ids=ids, use_cache=False).last_hidden_state
+        by_row |= {row: hidden[index, : len(pairs[row].read)].clone() for index, row in enumerate(rows)}
+    return [by_row[row] for row in range(len(pairs))]
 
 
 def target_logits(model: Model, texts: Texts) -> tuple[Tensor, Tensor]:
@@ -77,12 +77,12 @@ def target_logits(model: Model, texts: Texts) -> tuple[Tensor, Tensor]:
     inner = _inner(model)
     if texts.below is None:
         ids, _ = sampling.padded([pair.read for pair in texts.pairs], model.device)
-        out = inner(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = inner(input_ids=ids, use_cache=False).last_hidden_state
     else:
         above = _view(inner, slice(-texts.layers, None), last=True)
-        out = above(inputs_embeds=pad_sequence(texts.below, batch_first=True), use_cache=False).last_hidden_state
-    kept = [out[at, len(pair.prompt) - 1 : len(pair.read)] for at, pair in enumerate(texts.pairs)]
-    tokens = torch.tensor([token for pair in texts.pairs for token in pair.target], device=out.device)
+        hidden = above(inputs_embeds=pad_sequence(texts.below, batch_first=True), use_cache=False).last_hidden_state
+    kept = [hidden[row, len(pair.prompt) - 1 : len(pair.read)] for row, pair in enumerate(texts.pairs)]
+    tokens = torch.tensor([token for pair in texts.pairs for token in pair.target], device=hidden.device)
     return base(model).get_output_embeddings()(torch.cat(kept)).float(), tokens
 
 
@@ -113,14 +113,14 @@ def by_length(pairs: Sequence[Pair]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def said(
+def greedy_completions(
     model: Model, prompts: Sequence[Tokens], *, end: int, longest: int, dtype: torch.dtype
 ) -> list[tuple[int, ...]]:
     """The most probable token at each step after each prompt, until `end`, which is left out, or `longest` tokens.
 
-    An adapter is not merged: it is built once, and costs two thin products a layer.
+    An adapter is not merged: it is built once, and costs two thin products per layer.
     """
-    found: list[list[int]] = [[] for _ in prompts]
+    completions: list[list[int]] = [[] for _ in prompts]
     alive, cache = list(range(len(prompts))), DynamicCache(config=model.config)
     ids, seen = sampling.padded(prompts, model.device, left=True)
     positions = (seen.cumsum(1) - 1).clamp_min(0)
@@ -129,19 +129,19 @@ def said(
         with models.autocast(model.device, dtype):
             chosen = model(input_ids=ids, **inputs).logits[:, -1].argmax(-1)
         going = (chosen != end).nonzero()[:, 0]
-        alive = [alive[at] for at in going.tolist()]
+        alive = [alive[index] for index in going.tolist()]
         for row, token in zip(alive, chosen[going].tolist(), strict=True):
-            found[row].append(token)
+            completions[row].append(token)
         if not alive:
             break
         cache.batch_select_indices(going)
         ids, seen = chosen[going, None], torch.cat([seen[going], seen.new_ones(len(going), 1)], 1)
         positions = seen.sum(1, keepdim=True) - 1
-    return [tuple(tokens) for tokens in found]
+    return [tuple(tokens) for tokens in completions]
 
 
 @torch.no_grad()
-def said_by_beams(
+def beam_completions(
     model: Model, prompts: Sequence[Tokens], *, end: int, longest: int, dtype: torch.dtype, beams: int
 ) -> list[tuple[int, ...]]:
     """The same by the beam search of transformers: of the finished texts that with the largest log p / length^0.8.
@@ -150,13 +150,13 @@ def said_by_beams(
     """
     options = {"num_beams": beams, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "max_new_tokens": longest}
     options |= {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": end, "pad_token_id": end}
-    found: list[tuple[int, ...]] = []
+    completions: list[tuple[int, ...]] = []
     for start in range(0, len(prompts), _ROWS):
         ids, seen = sampling.padded(prompts[start : start + _ROWS], model.device, left=True)
         with models.autocast(model.device, dtype):
             texts = model.generate(input_ids=ids, attention_mask=seen, **options)[:, ids.shape[1] :].tolist()
-        found += [tuple(text[: text.index(end)] if end in text else text) for text in texts]
-    return found
+        completions += [tuple(text[: text.index(end)] if end in text else text) for text in texts]
+    return completions
 
 
 def base(model: Model) -> PreTrainedModel:

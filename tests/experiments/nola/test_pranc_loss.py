@@ -9,21 +9,21 @@ from safetensors.torch import load_file
 
 import cells
 from limbeck import params, seeding
-from limbeck.experiments.nola import budgets, fig_pranc_loss
+from limbeck.experiments.nola import budgets, pranc_loss
 
 HIDDEN = [f"{layer}.{part}" for layer in ("first", "second") for part in ("weight", "bias")]
 
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("nola", "fig_pranc_loss", "smoke", fig_pranc_loss.Params)
+    return params.load("nola", "fig_pranc_loss", "smoke", pranc_loss.Params)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     """The records of the smoke section, and the folder of its first networks."""
     folder = tmp_path_factory.mktemp("pranc_loss")
-    return cells.run_all(fig_pranc_loss, section, folder), folder
+    return cells.run_all(pranc_loss, section, folder), folder
 
 
 def twin(state, x):
@@ -37,7 +37,7 @@ def twin(state, x):
 def test_the_smoke_section_runs_one_network_a_seed_and_every_arm_by_both_criteria(ran, section):
     found, folder = ran
     bases = [run for run in found if run["cell"]["phase"] == "base"]
-    assert [run["cell"]["seed"] for run in bases] == [section.selection_seed, 0]
+    assert [run["cell"]["seed"] for run in bases] == [section.shared.selection_seed, 0]
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["base_0.safetensors", "base_100.safetensors"]
     assert [run["wave"] for run in bases] == [0, 0]
     final = [run for run in found if run["cell"]["phase"] == "final"]
@@ -46,31 +46,31 @@ def test_the_smoke_section_runs_one_network_a_seed_and_every_arm_by_both_criteri
     for run in final:
         assert run["metrics"]["adapter/coefficients"] == 2 * run["cell"]["budget"]
         assert run["trainable_parameters"] == 2 * run["cell"]["budget"] + 8 * 5 + 5
-        assert len(run["curve"]["loss/ce"]) == section.steps
+        assert len(run["curve"]["loss/ce"]) == section.shared.steps
 
 
 def test_the_first_network_learns_the_first_half_and_leaves_its_hidden_layers(section, tmp_path, monkeypatch):
-    longer = dataclasses.replace(section, width=32, base_steps=150, base_rate=1e-2, save_every=50)
-    seen, parts = [], budgets.parts
+    longer = cells.changed(section, width=32, base_steps=150, base_rate=1e-2, save_every=50)
+    seen, parts = [], budgets.splits
     monkeypatch.setattr(
-        budgets, "parts", lambda section, classes: seen.append(tuple(classes)) or parts(section, classes)
+        budgets, "splits", lambda settings, classes: seen.append(tuple(classes)) or parts(settings, classes)
     )
-    cell = fig_pranc_loss.cells(longer, (0,))[1]
-    result = cells.drive(fig_pranc_loss, longer, cell, cells.place(tmp_path, "base"))
+    cell = pranc_loss.cells(longer, (0,))[1]
+    result = cells.drive(pranc_loss, longer, cell, cells.place(tmp_path, "base"))
     assert seen == [(0, 1, 2, 3, 4)]
     assert result.metrics["train/accuracy"] > 0.9
     assert set(load_file(tmp_path / "base_0.safetensors")) == set(HIDDEN)
-    start = fig_pranc_loss.perceptron(49, 32, 5, 0).state_dict()
+    start = pranc_loss.perceptron(49, 32, 5, 0).state_dict()
     left = load_file(tmp_path / "base_0.safetensors")
     assert all(not torch.equal(left[name], start[name]) for name in HIDDEN)
 
 
 def test_every_arm_begins_with_its_seeds_network_and_one_fresh_head_on_the_second_half(ran, section):
     found, folder = ran
-    fresh = fig_pranc_loss.perceptron(49, section.width, 5, 0).state_dict()
+    fresh = pranc_loss.perceptron(49, section.width, 5, 0).state_dict()
     state = fresh | load_file(folder / "base_0.safetensors")
-    train = budgets.parts(section, range(5, 10))["train"]
-    rows = torch.randperm(40, generator=seeding.generator(0, "order"))[: section.batch_size]
+    train = budgets.splits(section.shared, range(5, 10))["train"]
+    rows = torch.randperm(40, generator=seeding.generator(0, "order"))[: section.shared.batch_size]
     expected = F.cross_entropy(twin(state, train.images[rows]), train.labels[rows]).item()
     first = [run["curve"]["loss/ce"][0] for run in found if run["cell"]["phase"] == "final"]
     assert first == pytest.approx([expected] * 10, rel=1e-5)
@@ -80,21 +80,21 @@ def test_every_arm_begins_with_its_seeds_network_and_one_fresh_head_on_the_secon
 def test_the_hidden_layers_stay_frozen_under_every_arm(ran, section, monkeypatch, tmp_path):
     _, folder = ran
     left = load_file(folder / "base_100.safetensors")
-    made, build = [], fig_pranc_loss.perceptron
+    made, build = [], pranc_loss.perceptron
 
     def perceptron(*args):
         made.append(build(*args))
         return made[-1]
 
-    monkeypatch.setattr(fig_pranc_loss, "perceptron", perceptron)
+    monkeypatch.setattr(pranc_loss, "perceptron", perceptron)
     for arm, kept in {
         "none": "weight",
         "nola": "base_layer.weight",
         "pranc": "parametrizations.weight.original",
     }.items():
-        cell = next(c for c in fig_pranc_loss.cells(section, ()) if c.wave and c.coordinates["arm"] == arm)
+        cell = next(c for c in pranc_loss.cells(section, ()) if c.wave and c.coordinates["arm"] == arm)
         where = dataclasses.replace(cells.place(tmp_path, arm), checkpoints=folder)
-        cells.drive(fig_pranc_loss, section, cell, where)
+        cells.drive(pranc_loss, section, cell, where)
         now = made[-1].state_dict()
         assert torch.equal(now[f"first.{kept}"], left["first.weight"])
         assert torch.equal(now[f"second.{kept}"], left["second.weight"])
@@ -103,7 +103,7 @@ def test_the_hidden_layers_stay_frozen_under_every_arm(ran, section, monkeypatch
 
 def test_a_perceptron_has_the_scale_that_keeps_a_signal(global_generators):
     before = global_generators()
-    state = fig_pranc_loss.perceptron(200, 300, 5, 0).state_dict()
+    state = pranc_loss.perceptron(200, 300, 5, 0).state_dict()
     assert global_generators() == before
     for name, gain in {"first": 2, "second": 2, "head": 1}.items():
         weight = state[f"{name}.weight"]
@@ -114,18 +114,18 @@ def test_a_perceptron_has_the_scale_that_keeps_a_signal(global_generators):
 @pytest.mark.parametrize("index", [1, -1], ids=["base", "nola"])
 def test_a_killed_cell_goes_on_to_the_same_bits(ran, section, tmp_path, index):
     found, folder = ran
-    longer = dataclasses.replace(section, steps=4, base_steps=4)
-    cell = fig_pranc_loss.cells(longer, (0,))[index]
+    longer = cells.changed(section, steps=4, base_steps=4)
+    cell = pranc_loss.cells(longer, (0,))[index]
     places = [dataclasses.replace(cells.place(tmp_path, name, found)) for name in ("whole", "cut")]
     if index == -1:
         (tmp_path / "base_0.safetensors").write_bytes((folder / "base_0.safetensors").read_bytes())
-    whole = cells.drive(fig_pranc_loss, longer, cell, places[0])
-    assert cells.drive(fig_pranc_loss, longer, cell, places[1], kill_at=3) is None
+    whole = cells.drive(pranc_loss, longer, cell, places[0])
+    assert cells.drive(pranc_loss, longer, cell, places[1], kill_at=3) is None
     torch.rand(7)
-    assert cells.drive(fig_pranc_loss, longer, cell, places[1]) == whole
+    assert cells.drive(pranc_loss, longer, cell, places[1]) == whole
 
 
 @pytest.mark.parametrize(("name", "value"), [("width", 0), ("base_steps", 0), ("base_rate", 0.0)])
 def test_a_size_of_nothing_is_refused(section, name, value):
     with pytest.raises(ValueError, match=f"{name} must be above 0, got {value}"):
-        dataclasses.replace(section, **{name: value})
+        cells.changed(section, **{name: value})

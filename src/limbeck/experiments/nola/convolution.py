@@ -18,15 +18,14 @@ CLASSES = range(10)
 
 
 @dataclass(frozen=True)
-class Params(budgets.Section):
+class Params:
     """The section of params/nola.yaml; sources stand there."""
 
+    shared: budgets.Settings
     width: int
     blocks: int
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
-        super().__post_init__()
         positive(width=self.width, blocks=self.blocks)
 
 
@@ -37,13 +36,13 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
 
 def work(params: Params, seed: int) -> budgets.Work:
     """The network as it is drawn, and what of it is adapted and free."""
-    data = budgets.parts(params, CLASSES)
+    data = budgets.splits(params.shared, CLASSES)
     channels = data["train"].images.shape[1]
     model = resnet.draw(channels=channels, width=params.width, blocks=params.blocks, classes=len(CLASSES), seed=seed)
     targets = [f"blocks.{name}" for name, part in model.blocks.named_modules() if isinstance(part, nn.Conv2d)]
     return budgets.Work(model.train(), data, targets, lambda name: "norm" in name or name.startswith("head"))
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> budgets.Steps:
-    """Train and score one cell; yields once a step."""
-    return (yield from budgets.run(cell, params, place, work(params, cell.coordinates["seed"])))
+def run(cell: Cell, params: Params, workspace: Workspace) -> budgets.Steps:
+    """Train and score one cell; yields once per step."""
+    return (yield from budgets.run(cell, params.shared, workspace, work(params, cell.coordinates["seed"])))

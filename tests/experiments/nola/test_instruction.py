@@ -3,18 +3,19 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 import cells
 from limbeck import params
 from limbeck.adapters.layer import NolaLayer
-from limbeck.experiments.nola import instruction_bench, table_instruction, text_model
-from limbeck.experiments.nola.instruction_bench import Bench
+from limbeck.experiments.nola import arms, instruction
+from limbeck.experiments.nola import texts as text_loss
+from limbeck.experiments.nola.instruction import InstructionDecoder
 from limbeck.models import language
 from limbeck.tasks import instructions, meanings
 from limbeck.tasks.instructions import Question
@@ -24,17 +25,26 @@ SCORES = {"train/loss", "validation/loss", "validation/gap", "test/accuracy", "t
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("nola", "table_instruction", "smoke", table_instruction.Params)
+    return params.load("nola", "table_instruction", "smoke", instruction.Params)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     folder = tmp_path_factory.mktemp("instruction")
-    return cells.run_all(table_instruction, section, folder, seeds=(0, 1)), folder
+    return cells.run_all(instruction, section, folder, seeds=(0, 1)), folder
 
 
 def bench(section, folder):
-    return Bench(section, cells.place(folder, "x"))
+    return InstructionDecoder(section.texts, cells.place(folder, "x"), section.asking)
+
+
+def attached(made, section, arm, seed=0):
+    options = {"layers": section.texts.layers, "share": section.nola_share, "targets": instruction.LINEAR_LAYERS}
+    return arms.attach(arm, made.load(), section.adapters, seed=seed, **options)
+
+
+def prepared(section):
+    return instruction.prepare(section.texts, section.asking)
 
 
 def alone(model, prompt, target):
@@ -84,38 +94,39 @@ def test_without_an_adapter_every_seed_has_the_scores_of_the_model_itself(ran, s
     found, folder = ran
     one, other = (cells.pick(found, phase="final", arm="none", seed=seed)["metrics"] for seed in (0, 1))
     assert one == other
-    model, made = bench(section, folder).decoder(), bench(section, folder)
+    model, made = bench(section, folder).load(), bench(section, folder)
     told = [alone(model, pair.prompt, pair.target) for pair in made.data.pairs["validation"]]
     assert one["validation/loss"] == pytest.approx(-torch.cat(told).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("arm", ["lora_1", "nola"])
 def test_every_linear_layer_of_the_adapted_layers_is_adapted_and_no_other(section, tmp_path, arm):
-    made = bench(dataclasses.replace(section, nola_share=0.3), tmp_path)
-    plain = {name for name, layer in made.decoder().named_modules() if isinstance(layer, nn.Linear)}
+    section = cells.changed(section, nola_share=0.3)
+    made = bench(section, tmp_path)
+    plain = {name for name, layer in made.load().named_modules() if isinstance(layer, nn.Linear)}
     wanted = {name for name in plain if name.startswith("model.layers.1.")}
     assert len(wanted) == 7
-    model = made.attach(arm, seed=0)
+    model = attached(made, section, arm, seed=0)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert {
         name.removeprefix("base_model.model.").partition(".lora_")[0].partition(".nola_")[0] for name in trained
     } == (wanted)
-    shapes = [dict(made.decoder().named_modules())[name].weight.shape for name in wanted]
+    shapes = [dict(made.load().named_modules())[name].weight.shape for name in wanted]
     lora, count = sum(map(sum, shapes)), sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     share = {"lora_1": 1.0, "nola": 0.3}[arm]
     assert share * lora - 2 * len(wanted) < count <= share * lora
     assert (count == lora) == (arm == "lora_1")
     for layer in (layer for layer in model.modules() if isinstance(layer, NolaLayer)):
-        assert layer.scaling["default"] == section.nola_scale
+        assert layer.scaling["default"] == section.adapters.nola_scale
 
 
 def test_a_start_changes_nothing_and_is_the_seeds(section, tmp_path):
     made = bench(section, tmp_path)
     ids = torch.tensor([made.data.pairs["train"][0].read])
-    plain = made.decoder()(input_ids=ids).logits
+    plain = made.load()(input_ids=ids).logits
     for arm in ("lora_1", "nola"):
-        torch.testing.assert_close(made.attach(arm, seed=0)(input_ids=ids).logits, plain)
-        outputs = [moved(made.attach(arm, seed=seed))(input_ids=ids).logits for seed in (0, 0, 1)]
+        torch.testing.assert_close(attached(made, section, arm, seed=0)(input_ids=ids).logits, plain)
+        outputs = [moved(attached(made, section, arm, seed=seed))(input_ids=ids).logits for seed in (0, 0, 1)]
         assert outputs[0].equal(outputs[1])
         assert not outputs[0].equal(outputs[2])
 
@@ -124,11 +135,11 @@ def test_the_likeliest_choice_is_found_by_the_mean_of_its_tokens_and_by_their_su
     """From the states of the frozen layers and in batches, against each choice alone through the whole model."""
     _, folder = ran
     made = bench(section, folder)
-    model, hits = moved(made.attach("nola", seed=0)), Counter()
+    model, hits = moved(attached(made, section, "nola", seed=0)), Counter()
     found = made.accuracies(model)
     listed = iter(made.data.pairs["choices"])
-    logprobs = instruction_bench.choice_logprobs(model, made.texts["choices"], torch.float32)
-    twin = moved(made.attach("nola", seed=0))
+    logprobs = instruction.choice_logprobs(model, made.texts["choices"], torch.float32)
+    twin = moved(attached(made, section, "nola", seed=0))
     for at, question in enumerate(made.data.questions):
         told = [alone(twin, *dataclasses.astuple(next(listed))) for _ in question.choices]
         for mine, theirs in zip(logprobs[4 * at : 4 * at + 4], told, strict=True):
@@ -143,8 +154,8 @@ def test_a_long_right_answer_wins_by_the_mean_and_loses_by_the_sum(section, tmp_
     made = bench(section, tmp_path)
     made.__dict__["data"] = dataclasses.replace(made.data, questions=[Question("?", ("a", "b", "c", "d"), 1)])
     made.__dict__["texts"] = {"choices": None}
-    monkeypatch.setattr(instruction_bench, "choice_logprobs", lambda *_: told)
-    assert made.accuracies(made.decoder()) == {"test/accuracy": 1.0, "test/accuracy_of_sums": 0.0}
+    monkeypatch.setattr(instruction, "choice_logprobs", lambda *_: told)
+    assert made.accuracies(made.load()) == {"test/accuracy": 1.0, "test/accuracy_of_sums": 0.0}
 
 
 def test_questions_have_a_text_of_the_meaning_and_three_of_meanings_one_slot_away_that_nothing_is_trained_on():
@@ -171,11 +182,11 @@ def test_too_few_meanings_for_so_many_questions_are_refused():
 
 
 def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(section, tmp_path, global_generators):
-    made = bench(dataclasses.replace(section, layers=0, longest=40), tmp_path)
-    model, texts, rows = moved(made.attach("nola", seed=0)).double(), made.texts["train"], torch.arange(7)
+    made = bench(cells.changed(section, layers=0, longest=40), tmp_path)
+    model, texts, rows = moved(attached(made, section, "nola", seed=0)).double(), made.texts["train"], torch.arange(7)
     assert len({len(texts.pairs[row].target) for row in range(7)}) > 1, "else any mean of means would do"
-    whole, gradients, before = text_model.loss_of(model, texts, torch.float32), [], global_generators()
-    for loss in (whole, instruction_bench.in_parts(whole, texts, 3)):
+    whole, gradients, before = text_loss.loss_of(model, texts, torch.float32), [], global_generators()
+    for loss in (whole, instruction.in_parts(whole, texts, 3)):
         model.zero_grad()
         value = loss(rows)["loss/ce"]
         value.backward()
@@ -188,11 +199,11 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradient_of_the_whole(section, tm
 def test_a_killed_cell_goes_on_to_the_same_bits(ran, section):
     found, folder = ran
     whole = cells.pick(found, phase="final", arm="nola", seed=1)
-    (cell,) = [c for c in table_instruction.cells(section, (0, 1)) if c.coordinates == whole["cell"]]
+    (cell,) = [c for c in instruction.cells(section, (0, 1)) if c.coordinates == whole["cell"]]
     where = cells.place(folder, "cut", [run for run in found if run["wave"] < 2])
-    assert cells.drive(table_instruction, section, cell, where, kill_at=2) is None
+    assert cells.drive(instruction, section, cell, where, kill_at=2) is None
     torch.rand(7)
-    assert vars(cells.drive(table_instruction, section, cell, where)).items() <= whole.items()
+    assert vars(cells.drive(instruction, section, cell, where)).items() <= whole.items()
 
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}=>"
@@ -221,10 +232,12 @@ def folders(tmp_path_factory):
             (folder / name / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     words = [*map(str, asked), *map(str, rows["dev"]), "A B C D A B C D ### Instruction Response : . =>"] * 2
     tokenizer = language.load_tokenizer("llama-1x16", words)
-    language.load("llama-2x32", tokenizer, seed=0).save_pretrained(folder / "model")
+    language.load("llama-2x64", tokenizer, seed=0).save_pretrained(folder / "model")
+    language.load("llama-2x32", tokenizer, seed=0).save_pretrained(folder / "narrow")
+    tokenizer.save_pretrained(folder / "narrow")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "model")
-    committed = params.load("nola", "table_instruction", "paper", table_instruction.Params)
+    committed = params.load("nola", "table_instruction", "paper", instruction.Params)
     small = {
         "model": str(folder / "model"),
         "data": f"alpaca/{folder / 'alpaca'}",
@@ -238,19 +251,19 @@ def folders(tmp_path_factory):
         "save_every": 1,
         "replicates": 1,
     }
-    return dataclasses.replace(committed, **small, longest=8)
+    return cells.changed(committed, **small, longest=8)
 
 
 @pytest.mark.slow
 def test_the_paper_section_runs_on_a_llama_from_a_folder_with_the_same_columns(folders, tmp_path):
-    found = cells.run_all(table_instruction, folders, tmp_path)
+    found = cells.run_all(instruction, folders, tmp_path)
     assert {run["cell"]["phase"] for run in found} == {"selection", "final"}, "all layers are adapted: no states"
     final = {run["cell"]["arm"]: run for run in found if run["cell"]["phase"] == "final"}
     assert set(final) == {"none", "lora_1", "nola"}
     assert all(set(run["metrics"]) >= SCORES for run in final.values())
     assert final["nola"]["trainable_parameters"] < 0.05 * final["lora_1"]["trainable_parameters"]
     made = bench(folders, tmp_path)
-    model, hits = made.decoder(), []
+    model, hits = made.load(), []
     for question in made.data.questions:
         prompt = made.data.tokenizer(question.prompt)["input_ids"]
         letters = [made.data.tokenizer(f" {letter}", add_special_tokens=False)["input_ids"] for letter in "ABCD"]
@@ -259,23 +272,49 @@ def test_the_paper_section_runs_on_a_llama_from_a_folder_with_the_same_columns(f
     assert final["none"]["metrics"]["test/accuracy"] == sum(hits) / len(hits) == sum(hits) / 10
 
 
-def test_a_model_in_four_bits_has_levels_near_its_weights_and_learns_by_either_adapter(folders, tmp_path):
-    folders = dataclasses.replace(folders, steps=6)
-    made, plain = bench(folders, tmp_path), bench(dataclasses.replace(folders, base_bits=32), tmp_path)
-    weights = {name: layer.weight for name, layer in plain.decoder().named_modules() if isinstance(layer, nn.Linear)}
-    held = {name: layer for name, layer in made.decoder().named_modules() if isinstance(layer, Linear4bit)}
+NF4 = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]  # QLoRA, appendix E
+NF4 += [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]
+
+
+def rounded(weight):
+    """Every weight at its nearest level, with one scale for 64 of them, by looking at all levels."""
+    blocks, levels = weight.detach().view(-1, 64), torch.tensor(NF4)
+    scales = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks[..., None] / scales[..., None] - levels).abs().argmin(-1)
+    return (levels[nearest] * scales).view_as(weight)
+
+
+def test_a_model_in_four_bits_multiplies_by_its_weights_at_their_nearest_levels(folders, tmp_path):
+    """But for the rounding of the scales, to 8 bits, and for that of the products, to bfloat16."""
+    plain = bench(cells.changed(folders, base_bits=32), tmp_path).load()
+    weights = {name: layer.weight for name, layer in plain.named_modules() if isinstance(layer, nn.Linear)}
+    modules = bench(folders, tmp_path).load().named_modules()
+    held = {name: layer for name, layer in modules if isinstance(layer, Linear4bit)}
     assert set(held) == set(weights) - {"lm_head"}
     for name, layer in held.items():
-        found = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-        assert all(len(block.unique()) <= 16 for block in found.view(-1, 64)), "a scale for 64 weights"
-        assert 0 < (found - weights[name]).norm() < 0.1 * weights[name].norm(), name
+        twin = rounded(weights[name])
+        assert 0.05 < (twin - weights[name]).norm() / weights[name].norm() < 0.1, name
+        inputs = torch.randn(8, twin.shape[1], generator=torch.Generator().manual_seed(0))
+        outputs, expected = layer(inputs.bfloat16()).float(), inputs @ twin.T
+        assert (outputs - expected).norm() < 0.03 * expected.norm(), name
+
+
+def test_a_layer_narrower_than_a_block_of_four_bits_is_refused(folders, tmp_path):
+    narrow = cells.changed(folders, model=str(Path(folders.texts.model).with_name("narrow")))
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj of 32 inputs, expected at least 64"):
+        bench(narrow, tmp_path).load()
+
+
+def test_a_model_in_four_bits_learns_by_either_adapter(folders, tmp_path):
+    folders = cells.changed(folders, steps=12, nola_share=0.3)
     for arm, rate in (("lora_1", 1e-3), ("nola", 0.03)):
         made = bench(folders, tmp_path / arm)
-        model = made.attach(arm, seed=0)
-        before, base = made.loss(model, "train"), {name: value.clone() for name, value in model.state_dict().items()}
-        list(made.train(model, learning_rate=rate, seed=0))
+        model = attached(made, folders, arm, seed=0)
+        before = made.loss(model, "train")
+        base = {name: value.clone() for name, value in model.named_parameters()}
+        list(made.fit(model, made.train_loss(model), folders.loop, learning_rate=rate, seed=0))
         assert made.loss(model, "train") < before
-        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, base[name])}
+        changed = {name for name, value in model.named_parameters() if not torch.equal(value, base[name])}
         assert changed
         assert all(".lora_" in name or ".nola_" in name for name in changed)
     with pytest.raises(ValueError, match=r"received a weight of torch.uint8, expected floating point; `to_lora` needs"):
@@ -283,7 +322,7 @@ def test_a_model_in_four_bits_has_levels_near_its_weights_and_learns_by_either_a
 
 
 def test_of_alpaca_and_mmlu_the_prompts_are_those_of_the_released_kind(folders):
-    data = instruction_bench.prepare(folders)
+    data = prepared(folders)
     assert (len(data.train), len(data.validation), len(data.questions)) == (8, 4, 10), (
         "a text without an answer is left"
     )
@@ -301,7 +340,7 @@ def test_of_alpaca_and_mmlu_the_prompts_are_those_of_the_released_kind(folders):
 
 
 def test_a_chat_has_an_empty_system_turn_and_one_of_the_user(folders):
-    data = instruction_bench.prepare(dataclasses.replace(folders, chat=True))
+    data = prepared(cells.changed(folders, chat=True))
     asked = data.train[0]
     wanted = data.tokenizer(f"<system>  <user> {asked.instruction} =>{asked.text}", add_special_tokens=False)[
         "input_ids"
@@ -325,11 +364,11 @@ def test_a_chat_has_an_empty_system_turn_and_one_of_the_user(folders):
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)
 
 
 def test_seeds_and_chats_that_are_not_there_are_refused(section):
     with pytest.raises(ValueError, match=r"received the seeds \(5,\), expected at least 2"):
-        table_instruction.cells(section, (5,))
+        instruction.cells(section, (5,))
     with pytest.raises(ValueError, match="received chat: true, expected a chat template"):
-        instruction_bench.prepare(dataclasses.replace(section, chat=True))
+        prepared(cells.changed(section, chat=True))

@@ -7,10 +7,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from limbeck import models
 from limbeck.adapters import to_lora
-from limbeck.experiments.nola import adapting
+from limbeck.experiments.nola import arms, comparison
 from limbeck.models import language
 
-SETTINGS = adapting.Settings(lora_scale=8.0, nola_rank=3, nola_scale=1.0)
+SETTINGS = arms.AdapterSettings(lora_scale=8.0, nola_rank=3, nola_scale=1.0)
 IDS = torch.tensor([[3, 4, 5, 3, 1]])
 
 
@@ -50,9 +50,9 @@ def test_every_arm_starts_as_the_base_with_its_own_parameters_in_its_own_layers(
     for arm, count in expected.items():
         base, before = make(), global_generators()
         logits = base(IDS).logits
-        model = adapting.attach(arm, base, SETTINGS, layers=layers, vera_rank=4, seed=0)
+        model = arms.attach(arm, base, SETTINGS, layers=layers, vera_rank=4, seed=0)
         assert global_generators() == before, arm
-        assert adapting.count(model) == count, arm
+        assert arms.trainable_count(model) == count, arm
         torch.testing.assert_close(model(IDS).logits, logits, atol=2e-6, rtol=1e-5)
         found = {int(name.split(".h." if host == "gpt2" else ".layers.")[1][0]) for name in models.trainable(model)}
         assert found == (set(range(3 - number, 3)) if count else set())
@@ -60,17 +60,17 @@ def test_every_arm_starts_as_the_base_with_its_own_parameters_in_its_own_layers(
 
 
 def test_full_trains_the_top_layers_with_the_last_norm_or_everything():
-    some = models.trainable(adapting.attach("full", llama(), SETTINGS, layers=1, vera_rank=4, seed=0))
+    some = models.trainable(arms.attach("full", llama(), SETTINGS, layers=1, vera_rank=4, seed=0))
     assert {name.removeprefix("model.")[:8] for name in some} == {"layers.2", "norm.wei"}
-    whole = adapting.attach("full", llama(), SETTINGS, layers=0, vera_rank=4, seed=0)
-    assert adapting.count(whole) == sum(parameter.numel() for parameter in whole.parameters())
+    whole = arms.attach("full", llama(), SETTINGS, layers=0, vera_rank=4, seed=0)
+    assert arms.trainable_count(whole) == sum(parameter.numel() for parameter in whole.parameters())
 
 
 def test_a_gpt2_taken_apart_computes_the_same_and_its_keys_are_never_adapted():
-    whole, apart = gpt2().double(), adapting.unfuse(gpt2().double())
+    whole, apart = gpt2().double(), arms.unfuse(gpt2().double())
     torch.testing.assert_close(apart(IDS).logits, whole(IDS).logits, atol=1e-12, rtol=1e-12)
-    assert adapting.shapes(apart, [0, 2]) == [(16, 16)] * 4
-    model = adapting.attach("nola", gpt2(), SETTINGS, layers=0, vera_rank=4, seed=0)
+    assert arms.shapes(apart, [0, 2]) == [(16, 16)] * 4
+    model = arms.attach("nola", gpt2(), SETTINGS, layers=0, vera_rank=4, seed=0)
     for parameter in models.trainable(model).values():
         parameter.data.fill_(0.5)
     inner, outer = model.get_base_model().transformer.h[0].attn.c_attn, gpt2().transformer.h[0].attn.c_attn
@@ -82,13 +82,13 @@ def test_a_gpt2_taken_apart_computes_the_same_and_its_keys_are_never_adapted():
 
 def test_nola_has_as_many_bases_as_the_budget_allows():
     model = language.load("llama-3x32", language.load_tokenizer("llama-3x32", ["a b"] * 2), seed=0)
-    assert [adapting.bases(model, [1, 2], share) for share in (1.0, 0.5, 0.2, 1e-9)] == [32, 16, 6, 1]
+    assert [arms.bases_for(model, [1, 2], share) for share in (1.0, 0.5, 0.2, 1e-9)] == [32, 16, 6, 1]
     model.model.layers[2].self_attn.v_proj = torch.nn.Linear(32, 8)  # grouped values: 64 + 64 + 64 + 40 over 8
-    assert adapting.bases(model, [1, 2]) == 29
+    assert arms.bases_for(model, [1, 2], 1.0) == 29
 
 
 def test_lora_starts_by_kaimings_rule_from_its_seed_at_the_given_scale():
-    first, again, other = (adapting.lora(llama(), [2], rank=64, scale=8.0, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (arms.attach_lora(llama(), [2], rank=64, scale=8.0, seed=seed) for seed in (1, 1, 2))
     left, right, odd = (models.trainable(model) for model in (first, again, other))
     for name, parameter in left.items():
         assert torch.equal(parameter, right[name])
@@ -103,25 +103,28 @@ def test_lora_starts_by_kaimings_rule_from_its_seed_at_the_given_scale():
     assert layer.scaling["default"] == 8.0
 
 
-def test_nola_takes_any_further_field_of_its_config_and_its_scale():
-    model = adapting.nola(llama(), [0, 1], rank=4, number=(3, 5), scale=0.5, seed=7, quant_bits=4, share_basis=False)
+def test_nola_takes_its_scale_and_its_kind_of_bases():
+    model = arms.attach_nola(
+        llama(), [0, 1], rank=4, number=(3, 5), scale=0.5, seed=7, share_basis=False, distribution="normal"
+    )
     config = model.peft_config["default"]
-    assert (config.r, config.numbers, config.basis_seed, config.quant_bits) == (4, (3, 5), 7, 4)
+    assert (config.r, config.numbers, config.basis_seed, config.basis_distribution) == (4, (3, 5), 7, "normal")
+    assert not config.share_basis
     assert to_lora(model)[1].lora_alpha / to_lora(model)[1].r == 0.5
-    assert adapting.count(model) == 4 * 8
+    assert arms.trainable_count(model) == 4 * 8
 
 
 def test_bytes_on_disk_are_those_of_the_files_wherever_the_base_lies(tmp_path):
     base = llama()
     base.name_or_path = str(tmp_path / ("long" * 20))
-    model, plain = (adapting.attach("nola", host, SETTINGS, layers=2, vera_rank=4, seed=0) for host in (base, llama()))
+    model, plain = (arms.attach("nola", host, SETTINGS, layers=2, vera_rank=4, seed=0) for host in (base, llama()))
     assert isinstance(model, PeftModel)
     plain.save_pretrained(tmp_path / "saved")
     files = [tmp_path / "saved" / name for name in ("adapter_model.safetensors", "adapter_config.json")]
-    assert adapting.bytes_on_disk(model) == sum(file.stat().st_size for file in files)
-    assert adapting.bytes_on_disk(adapting.attach("none", llama(), SETTINGS, layers=2, vera_rank=4, seed=0)) == 0
-    full = adapting.attach("full", llama(), SETTINGS, layers=2, vera_rank=4, seed=0)
-    assert 4 * adapting.count(full) < adapting.bytes_on_disk(full) < 4 * adapting.count(full) + 4096
+    assert comparison.bytes_on_disk(model) == sum(file.stat().st_size for file in files)
+    assert comparison.bytes_on_disk(arms.attach("none", llama(), SETTINGS, layers=2, vera_rank=4, seed=0)) == 0
+    full = arms.attach("full", llama(), SETTINGS, layers=2, vera_rank=4, seed=0)
+    assert 4 * arms.trainable_count(full) < comparison.bytes_on_disk(full) < 4 * arms.trainable_count(full) + 4096
 
 
 @pytest.mark.parametrize(
@@ -134,4 +137,4 @@ def test_bytes_on_disk_are_those_of_the_files_wherever_the_base_lies(tmp_path):
 )
 def test_an_arm_or_a_depth_that_does_not_exist_is_refused(arm, layers, message):
     with pytest.raises(ValueError, match=message):
-        adapting.attach(arm, llama(), SETTINGS, layers=layers, vera_rank=4, seed=0)
+        arms.attach(arm, llama(), SETTINGS, layers=layers, vera_rank=4, seed=0)

@@ -5,20 +5,20 @@ import torch
 
 from limbeck import params
 from limbeck.adapters.basis import Stream
-from limbeck.experiments.nola import cost_stack, table_cost
-from limbeck.experiments.nola.cost_released import ReleasedSums
+from limbeck.experiments.nola import cost
+from limbeck.experiments.nola.cost import ReleasedSums
 
-SECTION = params.load("nola", "table_cost", "tiny", table_cost.Params)
+SECTION = params.load("nola", "table_cost", "tiny", cost.Params)
 K, RANK, WIDTH = SECTION.num_basis, SECTION.rank, SECTION.width
 
 
 @pytest.fixture(scope="module")
 def base():
-    return table_cost.start(SECTION)
+    return cost.stack(SECTION)
 
 
 def step(model):
-    return cost_stack.step(model, tokens=SECTION.tokens, width=WIDTH, learning_rate=0.1)
+    return cost.step(model, dataclasses.replace(SECTION, learning_rate=0.1))
 
 
 def test_the_released_sum_is_that_of_its_bases_and_so_is_its_gradient(global_generators):
@@ -37,7 +37,7 @@ def test_arms_share_the_weights_of_the_stack_and_a_step_changes_adapters_alone(b
     before = {name: weight.clone() for name, weight in base.named_parameters()}
     pointers = {weight.data_ptr() for weight in base.parameters()}
     for arm in SECTION.arms:
-        model = table_cost.attach(arm, base, SECTION)
+        model = cost.attach(arm, base, SECTION)
         frozen, trained = [], []
         for weight in model.parameters():
             (trained if weight.requires_grad else frozen).append(weight)
@@ -56,7 +56,7 @@ def test_each_way_to_keep_bases_draws_them_as_often_as_its_name_says(base, monke
     monkeypatch.setattr(Stream, "draw", lambda *a: seen.append((a[0].factor, a[2])) or draw(*a))
     matrices, expected = 2 * SECTION.layers, {}
     for arm in ("nola_shared", "nola_unique", "nola_regenerated", "nola_chunked", "released"):
-        call, counts = step(table_cost.attach(arm, base, SECTION)), []
+        call, counts = step(cost.attach(arm, base, SECTION)), []
         for _ in range(2):
             seen.clear()
             call()
@@ -70,22 +70,22 @@ def test_each_way_to_keep_bases_draws_them_as_often_as_its_name_says(base, monke
 
 
 def test_what_merging_would_leave_behind_is_counted(base):
-    inputs, adapted = torch.zeros(1, SECTION.tokens, WIDTH), table_cost.attach("nola_shared", base, SECTION)
-    same = cost_stack.shared_copy(base)
-    assert table_cost.modules(same) == table_cost.modules(base)
-    assert table_cost.operations(same, inputs) == table_cost.operations(base, inputs)
+    inputs, adapted = torch.zeros(1, SECTION.tokens, WIDTH), cost.attach("nola_shared", base, SECTION)
+    same = cost.shared_copy(base)
+    assert cost.modules(same) == cost.modules(base)
+    assert cost.operations(same, inputs) == cost.operations(base, inputs)
     inner = adapted.base_model.model
-    assert table_cost.modules(inner) != table_cost.modules(base)
-    assert table_cost.operations(inner, inputs) != table_cost.operations(base, inputs)
-    assert table_cost.merging(base, adapted, SECTION.tokens) == {"merged/modules": 0.0, "merged/operations": 0.0}
+    assert cost.modules(inner) != cost.modules(base)
+    assert cost.operations(inner, inputs) != cost.operations(base, inputs)
+    assert cost.merging(base, adapted, SECTION.tokens) == {"merged/modules": 0.0, "merged/operations": 0.0}
 
 
 @pytest.mark.slow
 def test_chunks_take_their_share_of_the_memory_of_one_factor(base):
     """At 512 bases of 1,024 x 8 numbers, 16.8 MB, as in the bench; a heap in pieces, as in tests, may add to them."""
     section = dataclasses.replace(SECTION, layers=1, width=1024, heads=16, num_basis=512, chunk_size=16, rank=8)
-    stack = table_cost.start(section)
-    found = table_cost.drawing({arm: table_cost.attach(arm, stack, section) for arm in table_cost.DRAWN})
+    stack = cost.stack(section)
+    found = cost.factor_memory({arm: cost.attach(arm, stack, section) for arm in cost.DRAWN})
     assert found["nola_regenerated"]["memory/factor"] > 16
     assert found["released"]["memory/factor"] > 16
     assert found["nola_chunked"]["memory/share"] < 1 / 8
@@ -93,7 +93,7 @@ def test_chunks_take_their_share_of_the_memory_of_one_factor(base):
 
 @pytest.mark.slow
 def test_a_round_has_every_arm_with_its_ratio_to_lora_and_what_it_adds_to_the_stack():
-    frame = table_cost.measure("smoke")
+    frame = cost.measure("smoke")
     assert len(frame) == len(SECTION.arms) * SECTION.rounds
     for _, part in frame.groupby("round"):
         seconds = part.set_index("arm")["bench/seconds"]
@@ -101,7 +101,7 @@ def test_a_round_has_every_arm_with_its_ratio_to_lora_and_what_it_adds_to_the_st
         shares = (seconds - seconds["none"]).drop("none")
         assert part["bench/share"].dropna().tolist() == pytest.approx(shares.tolist())
         gains = part.set_index("arm")["bench/gain"].dropna()
-        assert gains.to_dict() == pytest.approx({arm: shares["released"] / shares[arm] for arm in table_cost.DRAWN})
+        assert gains.to_dict() == pytest.approx({arm: shares["released"] / shares[arm] for arm in cost.DRAWN})
     once = frame[frame["memory/step"].notna()]
     assert once["arm"].tolist() == list(SECTION.arms)
     assert set(once["round"]) == {0}

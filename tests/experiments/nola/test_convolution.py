@@ -1,28 +1,26 @@
 """The comparison on convolutions, whole, on its smoke section."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import cells
 from limbeck import params
-from limbeck.experiments.nola import fig_convolution
+from limbeck.experiments.nola import convolution
 
 
 @pytest.fixture(scope="module")
 def section():
-    return params.load("nola", "fig_convolution", "smoke", fig_convolution.Params)
+    return params.load("nola", "fig_convolution", "smoke", convolution.Params)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
-    return cells.run_all(fig_convolution, section, tmp_path_factory.mktemp("convolution"))
+    return cells.run_all(convolution, section, tmp_path_factory.mktemp("convolution"))
 
 
 def cell_of(section, **coordinates):
-    found = fig_convolution.cells(section, (0,))
+    found = convolution.cells(section, (0,))
     (cell,) = [cell for cell in found if coordinates.items() <= cell.coordinates.items()]
     return cell
 
@@ -31,7 +29,7 @@ def test_the_smoke_section_runs_and_reads_the_test_split_in_the_end_alone(ran, s
     for run in ran:
         final = run["cell"]["phase"] == "final"
         assert ("test/accuracy" in run["metrics"]) == final
-        assert len(run["curve"]["loss/ce"]) == section.steps
+        assert len(run["curve"]["loss/ce"]) == section.shared.steps
         assert all(0 <= run["metrics"][f"{part}/accuracy"] <= 1 for part in ("train", "validation"))
         sized = run["cell"]["budget"] * 6
         assert run["metrics"]["adapter/coefficients"] == sized
@@ -39,7 +37,7 @@ def test_the_smoke_section_runs_and_reads_the_test_split_in_the_end_alone(ran, s
             # scales and shifts of seven norms (2, 2, 2, 4, 4, 8, 8 channels), and a head from 8 to 10
             assert run["trainable_parameters"] == sized + 2 * 30 + 90
     rates = {run["metrics"]["selection/rate"] for run in ran if run["cell"]["phase"] == "final"}
-    assert rates <= set(section.rates)
+    assert rates <= set(section.shared.rates)
 
 
 def test_all_arms_of_a_seed_begin_at_the_same_loss_and_then_part(ran):
@@ -49,26 +47,26 @@ def test_all_arms_of_a_seed_begin_at_the_same_loss_and_then_part(ran):
 
 
 def test_the_first_loss_is_that_of_the_drawn_network_on_the_first_batch(ran, section):
-    work = fig_convolution.work(section, 0)
-    source = fig_convolution.budgets.seeding.generator(0, "order")
-    rows = torch.randperm(80, generator=source)[: section.batch_size]
+    work = convolution.work(section, 0)
+    source = convolution.budgets.seeding.generator(0, "order")
+    rows = torch.randperm(80, generator=source)[: section.shared.batch_size]
     loss = F.cross_entropy(work.model.train()(work.data["train"].images[rows]), work.data["train"].labels[rows])
     assert cells.pick(ran, phase="final", arm="none")["curve"]["loss/ce"][0] == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_the_frozen_kernels_stay_as_they_were_drawn(section, tmp_path, monkeypatch):
-    made, build = [], fig_convolution.work
+    made, build = [], convolution.work
 
     def work(*args):
         made.append(build(*args))
         return made[-1]
 
-    monkeypatch.setattr(fig_convolution, "work", work)
-    start = build(section, section.selection_seed).model.state_dict()
+    monkeypatch.setattr(convolution, "work", work)
+    start = build(section, section.shared.selection_seed).model.state_dict()
     for arm in ("none", "pranc", "nola", "full"):
         budget = 4 if arm in ("pranc", "nola") else 0
         cell = cell_of(section, arm=arm, budget=budget, rate=0.1)
-        cells.drive(fig_convolution, section, cell, cells.place(tmp_path, arm))
+        cells.drive(convolution, section, cell, cells.place(tmp_path, arm))
         now = made[-1].model.state_dict()
         kept = {"nola": "base_layer.weight", "pranc": "parametrizations.weight.original"}.get(arm, "weight")
         same = [
@@ -85,10 +83,10 @@ def test_the_frozen_kernels_stay_as_they_were_drawn(section, tmp_path, monkeypat
 @pytest.mark.parametrize("arm", ["pranc", "nola"])
 def test_a_killed_cell_goes_on_to_the_same_bits(section, tmp_path, arm, global_generators):
     before = global_generators()
-    longer = dataclasses.replace(section, steps=4)
+    longer = cells.changed(section, steps=4)
     cell = cell_of(longer, arm=arm, budget=3, rate=0.1)
-    whole = cells.drive(fig_convolution, longer, cell, cells.place(tmp_path, "whole"))
+    whole = cells.drive(convolution, longer, cell, cells.place(tmp_path, "whole"))
     assert global_generators() == before
-    assert cells.drive(fig_convolution, longer, cell, cells.place(tmp_path, "cut"), kill_at=3) is None
+    assert cells.drive(convolution, longer, cell, cells.place(tmp_path, "cut"), kill_at=3) is None
     torch.rand(7)
-    assert cells.drive(fig_convolution, longer, cell, cells.place(tmp_path, "cut")) == whole
+    assert cells.drive(convolution, longer, cell, cells.place(tmp_path, "cut")) == whole

@@ -68,12 +68,11 @@ class Params:
     budget: float
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
         positive(rank=self.rank, vera_rank=self.vera_rank, fleet=self.fleet, budget=self.budget)
         for row in self.rows:
-            at = _coordinates(row)
-            if _reference(at) not in map(_coordinates, self.rows):
-                raise ValueError(f"received the row {row!r}, expected {at['model']} {_REFERENCE} too")
+            coordinates = _coordinates(row)
+            if _reference(coordinates) not in map(_coordinates, self.rows):
+                raise ValueError(f"received the row {row!r}, expected {coordinates['model']} {_REFERENCE} too")
 
 
 def _coordinates(row: str) -> dict[str, str | int]:
@@ -86,50 +85,53 @@ def _coordinates(row: str) -> dict[str, str | int]:
     return {"model": model, "arm": arm, "basis": basis, "bits": bits}
 
 
-def _reference(at: dict[str, str | int]) -> dict[str, str | int]:
+def _reference(coordinates: dict[str, str | int]) -> dict[str, str | int]:
     """Where LoRA of rank 1 on the same model stands."""
-    return {"model": at["model"], "arm": _REFERENCE, "basis": 0, "bits": FLOAT}
+    return {"model": coordinates["model"], "arm": _REFERENCE, "basis": 0, "bits": FLOAT}
 
 
 def cells(params: Params, _: Sequence[int]) -> list[Cell]:
     """Every row, those of LoRA r = 1 first: the others are compared with them."""
     inputs = {name: value for name, value in asdict(params).items() if name != "rows"}
-    found = [Cell(at, inputs, wave=int(at["arm"] != _REFERENCE)) for at in map(_coordinates, params.rows)]
-    return sorted(found, key=lambda cell: cell.wave)
+    planned = [Cell(row, inputs, wave=int(row["arm"] != _REFERENCE)) for row in map(_coordinates, params.rows)]
+    return sorted(planned, key=lambda cell: cell.wave)
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> Generator[dict[str, int], None, Result]:
+def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str, int], None, Result]:
     """Attach, save, measure the files."""
     yield {"step": 0, "steps": 1}
-    at = cell.coordinates
-    found = sizes(attached(str(at["model"]), config(at, params)))
-    found["fleet/gigabytes"] = found["disk/bytes"] * params.fleet / _GIGABYTE
-    found["fleet/variants"] = float(params.budget * _GIGABYTE // found["disk/bytes"])
-    if at["arm"] == "nola":
-        numbers = found["count/trainable"] * at["bits"] / 8
-        found |= {"disk/beyond": found["disk/weights"] - numbers, "fleet/numbers": numbers * params.fleet / _GIGABYTE}
-    if at["arm"] != _REFERENCE:
-        (lora,) = (run for run in place.records if run["cell"] == _reference(at))
-        found |= beside(found, lora["metrics"], int(at["bits"]))
+    coordinates = cell.coordinates
+    metrics = sizes(attached(str(coordinates["model"]), config(coordinates, params)))
+    metrics["fleet/gigabytes"] = metrics["disk/bytes"] * params.fleet / _GIGABYTE
+    metrics["fleet/variants"] = float(params.budget * _GIGABYTE // metrics["disk/bytes"])
+    if coordinates["arm"] == "nola":
+        numbers = metrics["count/trainable"] * coordinates["bits"] / 8
+        metrics |= {
+            "disk/beyond": metrics["disk/weights"] - numbers,
+            "fleet/numbers": numbers * params.fleet / _GIGABYTE,
+        }
+    if coordinates["arm"] != _REFERENCE:
+        (lora,) = (run for run in workspace.records if run["cell"] == _reference(coordinates))
+        metrics |= beside(metrics, lora["metrics"], int(coordinates["bits"]))
     yield {"step": 1, "steps": 1}
-    return Result(found, trainable_parameters=int(found["count/trainable"]))
+    return Result(metrics, trainable_parameters=int(metrics["count/trainable"]))
 
 
-def config(at: dict[str, str | int], params: Params) -> PeftConfig:
+def config(coordinates: dict[str, str | int], params: Params) -> PeftConfig:
     """The adapter of a row, on the matrices that the paper adapts: of a ViT, NOLA's are those of the MLPs."""
-    family = str(at["model"]).partition("_")[0]
+    family = str(coordinates["model"]).partition("_")[0]
     conv = {"fan_in_fan_out": True} if family == "gpt2" else {}
     targets = _QV.get(family, _LLAMA)
-    if at["arm"] == "vera":
+    if coordinates["arm"] == "vera":
         return VeraConfig(r=params.vera_rank, target_modules=targets, **conv)
-    if at["arm"] != "nola":
-        return LoraConfig(r=int(str(at["arm"])[-1]), target_modules=targets, **conv)
+    if coordinates["arm"] != "nola":
+        return LoraConfig(r=int(str(coordinates["arm"])[-1]), target_modules=targets, **conv)
     if family == "gpt2":
         place = {"target_modules": targets, "fused_slices": {"c_attn": ("q", "v")}}
     else:
         place = {"target_modules": ["fc1", "fc2"] if family == "vit" else targets}
-    bits = None if at["bits"] == FLOAT else at["bits"]
-    return NolaConfig(r=params.rank, num_basis=at["basis"], quant_bits=bits, **place)
+    bits = None if coordinates["bits"] == FLOAT else coordinates["bits"]
+    return NolaConfig(r=params.rank, num_basis=coordinates["basis"], quant_bits=bits, **place)
 
 
 def attached(model: str, adapter: PeftConfig) -> PeftModel:
@@ -137,14 +139,14 @@ def attached(model: str, adapter: PeftConfig) -> PeftModel:
     with torch.device("meta"):
         host = MODELS[model]()
     with torch.random.fork_rng(devices=[]):  # PEFT draws LoRA's start from the global generator
-        found = get_peft_model(host, adapter)
-    for module in found.modules():
+        adapted = get_peft_model(host, adapter)
+    for module in adapted.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.requires_grad:
                 setattr(module, name, nn.Parameter(torch.zeros(weight.shape, dtype=weight.dtype)))
         if isinstance(module, BufferDict):  # VeRA's projections, which PEFT saves
-            module.update({name: torch.zeros(held.shape, dtype=held.dtype) for name, held in module.items()})
-    return found
+            module.update({name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in module.items()})
+    return adapted
 
 
 def sizes(model: PeftModel) -> dict[str, float]:
@@ -154,14 +156,14 @@ def sizes(model: PeftModel) -> dict[str, float]:
         model.save_pretrained(folder)
         files = Path(folder, "adapter_model.safetensors"), Path(folder, "adapter_config.json")
         weights, settings = (float(file.stat().st_size) for file in files)
-    found = {"disk/weights": weights, "disk/config": settings, "disk/bytes": weights + settings}
-    return {"count/trainable": float(count)} | found
+    files_bytes = {"disk/weights": weights, "disk/config": settings, "disk/bytes": weights + settings}
+    return {"count/trainable": float(count)} | files_bytes
 
 
-def beside(found: dict[str, float], lora: dict[str, float], bits: int) -> dict[str, float]:
+def beside(own: dict[str, float], lora: dict[str, float], bits: int) -> dict[str, float]:
     """How often an adapter of so many bits fits into LoRA of rank 1, by its count, by its files, and of the saving that
     the count promises, which share the files keep.
     """
-    numbers = lora["count/trainable"] / found["count/trainable"]
-    files = lora["disk/bytes"] / found["disk/bytes"]
+    numbers = lora["count/trainable"] / own["count/trainable"]
+    files = lora["disk/bytes"] / own["disk/bytes"]
     return {"ratio/count": numbers, "ratio/bytes": files, "ratio/kept": files / (numbers * FLOAT / bits)}
