@@ -1,10 +1,11 @@
 """Cells of experiments on tiny models and texts, driven without a ledger."""
 
 import dataclasses
+import importlib
 
 import torch
 
-from limbeck import params
+from limbeck import digests, params
 from limbeck.experiments.runs import Workspace
 
 SMALL = {
@@ -21,9 +22,10 @@ SMALL = {
 }
 
 
-def section(module, model, **changes):
-    """The committed smoke section of an experiment on a model from a folder: three steps an epoch."""
-    committed = params.load("sinkd", module.__name__.rpartition(".")[2], "smoke", module.Params)
+def section(experiment, model, **changes):
+    """The committed smoke section of an experiment on a model from a folder: three steps per epoch."""
+    module = importlib.import_module(digests.module_of("sinkd", experiment))
+    committed = params.load("sinkd", experiment, "smoke", module.Params)
     return dataclasses.replace(committed, model=model, **SMALL | changes)
 
 

@@ -12,22 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import cells
 from limbeck import params, paths, records
-from limbeck.experiments.sinkd import (
-    comparison,
-    distill,
-    encoder,
-    table_ablation,
-    table_baselines,
-    table_divergences,
-    table_encoder,
-)
+from limbeck.experiments.sinkd import EXPERIMENTS, comparison, distillation, encoder
 from limbeck.tasks import classification
 
 ARMS = ("ce", "ce+kl", "ce+kl+kl", "ce+kl+sinkhorn", "ce+takd")
-TABLES = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (table_ablation, table_baselines, table_divergences, table_encoder)
-}
+TABLES = [name for name, module in EXPERIMENTS.items() if module == "comparison"]
 SEED = 100
 
 
@@ -40,14 +29,14 @@ def section(tiny_bert, tiny_texts, tmp_path_factory):
         (fewer / f"{split}.jsonl").write_text("\n".join(lines[: len(lines) * 3 // 5]))
     changes = {"tasks": (tiny_texts, str(fewer)), "students": ("first-2",), "arms": ARMS, "multiples": (1.0, 30.0)}
     changes |= {"assistant": "first-3", "selection_texts": 48, "selection_seed": SEED}
-    return cells.section(table_encoder, tiny_bert, **changes)
+    return cells.section("table_encoder", tiny_bert, **changes)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     """All records of that section with the selection's own seed, and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp("ran")
-    return cells.run_all(table_encoder, section, folder, (SEED,)), folder
+    return cells.run_all(comparison, section, folder, (SEED,)), folder
 
 
 def names(section):
@@ -55,7 +44,7 @@ def names(section):
 
 
 def cell_at(section, **coordinates):
-    found = table_encoder.cells(section, (SEED,))
+    found = comparison.cells(section, (SEED,))
     (cell,) = [cell for cell in found if coordinates.items() <= cell.coordinates.items()]
     return cell
 
@@ -99,7 +88,7 @@ def test_a_task_takes_the_multiple_that_is_best_over_all_tasks_and_not_its_own(s
         altered.append(run | {"metrics": run["metrics"] | {"validation/score": score}})
     chosen = cells.pick(found, phase="selection", arm="ce+kl", task=one, multiple=1.0)
     cell = cell_at(section, phase="final", arm="ce+kl", task=one)
-    assert cells.drive(table_encoder, section, cell, cells.place(folder, "altered", altered)).curve == chosen["curve"]
+    assert cells.drive(comparison, section, cell, cells.place(folder, "altered", altered)).curve == chosen["curve"]
 
 
 def test_the_selection_of_a_third_term_holds_kl_at_its_chosen_weight(section, ran):
@@ -128,10 +117,10 @@ def test_the_assistant_is_deeper_and_its_kl_has_the_students_multiple_of_its_own
     for task, name in zip(section.tasks, names(section), strict=True):
         assistant = cells.pick(found, phase="assistant", task=name)
         assert assistant["trainable_parameters"] > cells.pick(found, arm="ce", task=name)["trainable_parameters"]
-        outputs = load_file(folder / distill.outputs_file(task))
+        outputs = load_file(folder / distillation.outputs_file(task))
         where = cells.place(tmp_path, "run")
-        run = distill.start(section, task, where, seed=section.teacher_seed, student=section.assistant)
-        expected = multiple * distill.matched(run, "kl", outputs)
+        run = distillation.start(section, task, where, seed=section.teacher_seed, student=section.assistant)
+        expected = multiple * distillation.matched(run, "kl", outputs)
         assert assistant["metrics"]["loss/weight"] == pytest.approx(expected, rel=1e-9)
 
 
@@ -141,7 +130,7 @@ def test_takd_learns_from_the_assistants_logits_and_others_from_the_teachers(sec
     found = [run for run in found if run["cell"]["phase"] != "final"]
     task = names(section)[0]
     cell = cell_at(section, phase="final", arm=arm, task=task)
-    before = cells.drive(table_encoder, section, cell, cells.place(folder, "again", found)).curve
+    before = cells.drive(comparison, section, cell, cells.place(folder, "again", found)).curve
     shutil.rmtree(folder / "again")
     for source in ("teacher", "assistant"):
         changed = tmp_path / source
@@ -150,22 +139,22 @@ def test_takd_learns_from_the_assistants_logits_and_others_from_the_teachers(sec
         held = load_file(file)
         read = "train" if source == "teacher" else source
         save_file(held | {read: held[read].flip(0).contiguous()}, file)
-        after = cells.drive(table_encoder, section, cell, cells.place(changed, "run", found)).curve
+        after = cells.drive(comparison, section, cell, cells.place(changed, "run", found)).curve
         assert (after != before) == (source == reads), source
 
 
 def test_a_cell_run_twice_is_the_same_to_the_bit_whatever_the_global_generators_hold(section, ran, tmp_path):
     found, folder = ran
-    teacher, *_, final = table_encoder.cells(section, (SEED,))
+    teacher, *_, final = comparison.cells(section, (SEED,))
     earlier = [run for run in found if run["wave"] < final.wave]
     for cell, where in ((teacher, tmp_path), (final, folder)):
         torch.rand(11)
-        again = cells.drive(table_encoder, section, cell, cells.place(where, "twice", earlier))
+        again = cells.drive(comparison, section, cell, cells.place(where, "twice", earlier))
         assert vars(again).items() <= cells.pick(found, **cell.coordinates).items()
     (file,) = teacher.checkpoint_files
     assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
     other = dataclasses.replace(final, coordinates=final.coordinates | {"seed": SEED + 1})
-    assert cells.drive(table_encoder, section, other, cells.place(folder, "other", earlier)).curve != again.curve
+    assert cells.drive(comparison, section, other, cells.place(folder, "other", earlier)).curve != again.curve
 
 
 @pytest.fixture
@@ -180,17 +169,17 @@ def watched(section, ran):
 
 def test_an_interrupted_cell_goes_on_to_the_same_bits_with_what_was_watched(watched):
     section, cell, place = watched
-    whole = cells.drive(table_encoder, section, cell, place("whole"))
-    assert cells.drive(table_encoder, section, cell, place("cut"), kill_at=3) is None
+    whole = cells.drive(comparison, section, cell, place("whole"))
+    assert cells.drive(comparison, section, cell, place("cut"), kill_at=3) is None
     assert place("cut").state.is_file()
     torch.rand(7)
-    assert cells.drive(table_encoder, section, cell, place("cut")) == whole
+    assert cells.drive(comparison, section, cell, place("cut")) == whole
     assert len(whole.curve["validation/score"]) == 3
 
 
 def test_a_watched_student_takes_the_same_steps_and_ends_at_its_test_score(watched, ran):
     section, cell, place = watched
-    watched = cells.drive(table_encoder, section, cell, place("watched"))
+    watched = cells.drive(comparison, section, cell, place("watched"))
     plain = cells.pick(ran[0], **cell.coordinates)
     seen = {name: curve for name, curve in watched.curve.items() if not name.endswith("/score")}
     assert seen == plain["curve"]
@@ -244,7 +233,7 @@ def test_terms_are_chosen_in_their_order_and_takd_after_its_assistant():
 
 
 def by_name(section, seeds=(0,)):
-    found = table_encoder.cells(section, seeds)
+    found = comparison.cells(section, seeds)
     named = {records.cell_name(cell.coordinates): cell for cell in found}
     assert len(named) == len(found), "two cells have one record"
     return named
@@ -302,7 +291,7 @@ def test_the_checksums_of_the_assets_are_part_of_what_a_cell_depends_on():
     section = params.load("sinkd", "table_encoder", "default", comparison.Params)
     manifest = yaml.safe_load((paths.DATA / "assets.yaml").read_text())
     behind = {"multiwoz_acts": "multiwoz_acts", "r52": "topics", "20ng": "topics", "vader_movie": "vader"}
-    for cell in table_encoder.cells(section, (0,)):
+    for cell in comparison.cells(section, (0,)):
         if asset := behind.get(cell.coordinates["task"]):
             read = ("minilm", asset) if cell.wave < 2 else {"minilm", "vader", *behind.values()}
             assert set(cell.inputs["assets"]) == {manifest[name]["sha256"] for name in read}
@@ -333,13 +322,13 @@ def test_the_paper_profile_runs_on_data_with_glues_columns(task, tiny_bert, tmp_
         file = tmp_path / "glue" / task / f"{split}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(json.dumps(row | {"idx": i}) for i, row in enumerate(rows)))
-    committed = params.load("sinkd", "table_encoder", "paper", table_encoder.Params)
+    committed = params.load("sinkd", "table_encoder", "paper", comparison.Params)
     small = cells.SMALL | {"split_sizes": (-1, 8, -1), "selection_texts": 16, "multiples": (1.0,)}
     names = {"model": tiny_bert, "tasks": (f"glue/{task}@{tmp_path / 'glue'}",), "students": ("first-2",)}
     section = dataclasses.replace(committed, **small | names)
-    found = cells.run_all(table_encoder, section, tmp_path)
+    found = cells.run_all(comparison, section, tmp_path)
     assert [run["cell"]["phase"] for run in found] == ["teacher", "selection", "selection", "final", "final", "final"]
-    outputs = distill.load_outputs(cells.place(tmp_path, "x"), found[0]["checkpoint_files"][0])
+    outputs = distillation.load_outputs(cells.place(tmp_path, "x"), found[0]["checkpoint_files"][0])
     assert [len(outputs[split]) for split in ("train", "validation", "test")] == [32, 8, 16]
     right = [example.label == "1" for example in classification.splits(section.tasks[0], (-1, 8, -1), seed=0)[2]]
     said = outputs["test"].argmax(-1).bool().tolist()

@@ -9,12 +9,12 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 import cells
 from limbeck import params
 from limbeck.evaluation.answers import Question
-from limbeck.experiments.sinkd import generation, generation_cells, table_decoder, table_encoder_decoder
+from limbeck.experiments.sinkd import decoder, encoder_decoder, generation, generation_cells
 from limbeck.experiments.sinkd.generation_cells import TEACHER
 from limbeck.models import language
 from limbeck.training import supervised
 
-TABLES = {"table_decoder": table_decoder, "table_encoder_decoder": table_encoder_decoder}
+TABLES = {"table_decoder": decoder, "table_encoder_decoder": encoder_decoder}
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +125,7 @@ def run(table, tmp_path):
     module, section = table
     tokenizer = language.load_tokenizer(section.teacher, list("abcdefgh") * 2)
     questions = [Question((3, 4, 5), ((6,), (7, 8), (8, 9, 10)), row % 3) for row in range(6)]
-    model = language.load("t5-1x16" if module is table_encoder_decoder else "llama-1x16", tokenizer, seed=0)
+    model = language.load("t5-1x16" if module is encoder_decoder else "llama-1x16", tokenizer, seed=0)
     source = torch.Generator().manual_seed(0)
     taught = {
         "states": torch.randn(6, 3, 16, generator=source),
@@ -180,10 +180,10 @@ def test_the_matched_weight_makes_both_gradients_equally_long(run, term):
 
 
 def test_the_first_layers_of_a_teacher_start_alike_for_every_seed_and_keep_its_head():
-    section = params.load("sinkd", "table_decoder", "smoke", table_decoder.Params)
+    section = params.load("sinkd", "table_decoder", "smoke", decoder.Params)
     tokenizer = language.load_tokenizer(section.teacher, ["a a"])
     teacher = language.load(section.teacher, tokenizer, seed=section.teacher_seed)
-    student = table_decoder._student(section, tokenizer)
+    student = decoder._student(section, tokenizer)
     assert student.config.num_hidden_layers == 2
     assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
     assert not student.lm_head.weight.requires_grad

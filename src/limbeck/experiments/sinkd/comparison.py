@@ -17,8 +17,8 @@ from torch import Tensor
 
 from limbeck import assets
 from limbeck.experiments.runs import Cell, Workspace
-from limbeck.experiments.sinkd import distill, encoder, terms
-from limbeck.experiments.sinkd.terms import ASSISTED
+from limbeck.experiments.sinkd import arms, distillation, encoder
+from limbeck.experiments.sinkd.arms import ASSISTED
 from limbeck.training import resume
 
 _NOT_INPUTS = ("tasks", "students", "arms", "multiples")
@@ -43,7 +43,7 @@ class Params(encoder.Section):
         for student in (*self.students, self.assistant):
             encoder.layers_of(student)
         for arm in self.arms:
-            terms.added(arm)
+            arms.added(arm)
             if arm.split("+")[0] != "ce":
                 raise ValueError(f"an arm of a comparison starts with ce, got {arm!r}")
 
@@ -69,13 +69,13 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
 def _of_task(params: Params, task: str, inputs: dict[str, Any], seeds: Sequence[int]) -> list[Cell]:
     sums = assets.checksums(params.model, *params.tasks)
     chosen_from = inputs | {"multiples": params.multiples, "chosen over": params.tasks, "assets": sums}
-    after = 1 + max((len(terms.added(arm)) for arm in steps_of(params.arms)), default=0)  # a turn for the assistant
+    after = 1 + max((len(arms.added(arm)) for arm in steps_of(params.arms)), default=0)  # a turn for the assistant
     teacher = {"phase": "teacher", "task": task, "student": "teacher", "arm": "teacher", "seed": params.teacher_seed}
-    found = [Cell(teacher, inputs, (distill.outputs_file(task),))]
+    found = [Cell(teacher, inputs, (distillation.outputs_file(task),))]
     for student in params.students:
         place = {"task": task, "student": student}
         for arm in steps_of(params.arms):
-            turn = len(terms.added(arm)) + (after if ASSISTED in arm else 0)
+            turn = len(arms.added(arm)) + (after if ASSISTED in arm else 0)
             known = inputs if turn == 1 else chosen_from
             found += [
                 Cell(
@@ -96,18 +96,18 @@ def _of_task(params: Params, task: str, inputs: dict[str, Any], seeds: Sequence[
     return found
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> distillation.Steps:
     """Train and score one cell; yields once a step."""
     at, task = cell.coordinates, cell.inputs["task"]
     if at["phase"] == "teacher":
-        return (yield from distill.train_teacher(params, task, place))
+        return (yield from distillation.train_teacher(params, task, place))
     texts = params.selection_texts if at["phase"] == "selection" else None
-    student = distill.start(params, task, place, seed=at["seed"], student=at["student"], texts=texts)
-    outputs = distill.load_outputs(place, distill.outputs_file(task))
+    student = distillation.start(params, task, place, seed=at["seed"], student=at["student"], texts=texts)
+    outputs = distillation.load_outputs(place, distillation.outputs_file(task))
     if ASSISTED in at["arm"]:
-        outputs |= distill.load_outputs(place, _assistant_file(task))
+        outputs |= distillation.load_outputs(place, _assistant_file(task))
     weights = _weights(at, student, outputs, place.records, params)
-    loss = distill.taught(student, at["arm"], weights, outputs)
+    loss = distillation.taught(student, at["arm"], weights, outputs)
     measure = _watch(student) if params.watch and at["phase"] == "final" else None
     curve = yield from student.fit(loss, params.learning_rate, measure)
     metrics = student.scores("validation" if at["phase"] == "selection" else "test", outputs)
@@ -123,17 +123,17 @@ def _assistant_file(task: str) -> str:
 
 
 def _weights(
-    at: dict[str, Any], student: distill.Run, outputs: dict[str, Tensor], found: list[dict[str, Any]], params: Params
+    at: dict[str, Any], student: distillation.Run, outputs: dict[str, Tensor], found: list[dict], params: Params
 ) -> list[float]:
     """The weight of every added term, in the arm's order."""
-    names, weights = terms.added(at["arm"]), []
+    names, weights = arms.added(at["arm"]), []
     chooser = params.students[0] if at["phase"] == "assistant" else at["student"]
     for depth, name in enumerate(names, 1):
         arm = "+".join(["ce", *names[:depth]])
         tuning = at["phase"] == "selection" and depth == len(names)
         multiple = at["multiple"] if tuning else choose(found, arm, chooser)
         if tuning or at["phase"] == "assistant":  # its own gradients, at the students' multiple
-            weights.append(multiple * distill.matched(student, name, outputs))
+            weights.append(multiple * distillation.matched(student, name, outputs))
         else:
             weights.append(_of(found, arm, chooser, at["task"], multiple)["metrics"]["loss/weight"])
     return weights
@@ -157,7 +157,7 @@ def _of(found: Sequence[dict[str, Any]], arm: str, student: str, task: str, mult
     return next(r for r in tried if (r["cell"]["task"], r["cell"]["multiple"]) == (task, multiple))
 
 
-def _watch(student: distill.Run) -> Callable[[], dict[str, float]]:
+def _watch(student: distillation.Run) -> Callable[[], dict[str, float]]:
     return lambda: {f"{split}/score": student.score(split) for split in ("validation", "test")}
 
 

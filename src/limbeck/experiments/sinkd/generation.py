@@ -22,7 +22,7 @@ from limbeck import models
 from limbeck.evaluation import answers
 from limbeck.evaluation.answers import Question
 from limbeck.experiments.runs import Result, Workspace
-from limbeck.experiments.sinkd import terms
+from limbeck.experiments.sinkd import arms
 from limbeck.experiments.sinkd.generation_cells import FORMS, TEACHER, Section, weights
 from limbeck.experiments.sinkd.section import SPLITS
 from limbeck.losses import divergence, sinkd
@@ -155,7 +155,7 @@ def _matched(run: Run, taught: Mapping[str, Tensor], term: str, batches: Sequenc
         values = _terms(run, taught, rows, [term])
         return values["ce"], values[term]
 
-    return terms.matched_weight(run.parameters, pair, batches)
+    return arms.matched_weight(run.parameters, pair, batches)
 
 
 def _share(found: Tensor, expected: Tensor) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from limbeck import assets
 from limbeck.experiments.runs import Cell, Workspace
-from limbeck.experiments.sinkd import distill, encoder, terms
+from limbeck.experiments.sinkd import arms, distillation, encoder
 from limbeck.params import one_of, positive
 
 AXES = ("epsilon", "iterations", "temperature", "group", "p", "strength")
@@ -42,7 +42,7 @@ class Params(encoder.Section):
         super().__post_init__()
         encoder.layers_of(self.student)
         for arm in self.arms:
-            terms.added(arm)
+            arms.added(arm)
         for axis in AXES:
             for value in getattr(self, f"{axis}_values"):
                 positive(**{axis: value})
@@ -56,11 +56,11 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     inputs = {name: getattr(params, name) for name in sorted(names)}
     inputs |= {"assets": assets.checksums(params.model, params.task)}
     teacher = {"axis": "teacher", "value": 0, "arm": "teacher", "seed": params.teacher_seed}
-    found = [Cell(teacher, inputs, (distill.outputs_file(params.task),))]
+    found = [Cell(teacher, inputs, (distillation.outputs_file(params.task),))]
     for seed in seeds:
         for arm in params.arms:
             found.append(Cell({"axis": CENTRE, "value": 0, "arm": arm, "seed": seed}, inputs, wave=1))
-            if set(terms.added(arm)) & set(terms.BATCH_WISE):
+            if set(arms.added(arm)) & set(arms.BATCH_WISE):
                 found += [
                     Cell({"axis": axis, "value": value, "arm": arm, "seed": seed}, inputs, wave=1)
                     for axis in AXES
@@ -70,18 +70,18 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return found
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> distillation.Steps:
     """Train and score one setting; yields once a step."""
     at: dict[str, Any] = cell.coordinates
     if at["axis"] == "teacher":
-        return (yield from distill.train_teacher(params, params.task, place))
+        return (yield from distillation.train_teacher(params, params.task, place))
     section = params if at["axis"] == CENTRE else dataclasses.replace(params, **{at["axis"]: at["value"]})
-    student = distill.start(section, params.task, place, seed=at["seed"], student=params.student)
-    outputs = distill.load_outputs(place, distill.outputs_file(params.task))
+    student = distillation.start(section, params.task, place, seed=at["seed"], student=params.student)
+    outputs = distillation.load_outputs(place, distillation.outputs_file(params.task))
     weights = [
-        distill.matched(student, name, outputs) * (section.kl_strength if name == "kl" else section.strength)
-        for name in terms.added(at["arm"])
+        distillation.matched(student, name, outputs) * (section.kl_strength if name == "kl" else section.strength)
+        for name in arms.added(at["arm"])
     ]
-    curve = yield from student.fit(distill.taught(student, at["arm"], weights, outputs), section.learning_rate)
+    curve = yield from student.fit(distillation.taught(student, at["arm"], weights, outputs), section.learning_rate)
     metrics = student.scores("test", outputs) | {"loss/weight": weights[-1] if weights else 0.0}
     return student.result(metrics, curve)

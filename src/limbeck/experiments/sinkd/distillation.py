@@ -16,7 +16,7 @@ from limbeck import models
 from limbeck.evaluation import classifier
 from limbeck.evaluation.classifier import Outputs
 from limbeck.experiments.runs import Result, Workspace
-from limbeck.experiments.sinkd import encoder, terms
+from limbeck.experiments.sinkd import arms, encoder
 from limbeck.experiments.sinkd.encoder import Section, Splits
 from limbeck.experiments.sinkd.section import SPLITS
 from limbeck.tasks import classification
@@ -117,7 +117,7 @@ def train_teacher(section: Section, task: str, place: Workspace) -> Steps:
     run = start(section, task, place, seed=section.teacher_seed)
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
-        return {"loss/ce": terms.cross_entropy(run.outputs(rows).logits, run.labels(rows))}
+        return {"loss/ce": arms.cross_entropy(run.outputs(rows).logits, run.labels(rows))}
 
     curve = yield from run.fit(loss, section.teacher_learning_rate)
     found = {split: run.logits(split) for split in SPLITS[1:]}
@@ -136,13 +136,13 @@ def taught(
     logits of the training split that it reads. With `moved`, each row is shown the outputs of the row so many places
     before it in the batch.
     """
-    names = terms.added(arm)
-    forms = [terms.term(name, run.section) for name in names]
-    states = any(name in terms.OF_STATES for name in names)
+    names = arms.added(arm)
+    forms = [arms.term(name, run.section) for name in names]
+    states = any(name in arms.OF_STATES for name in names)
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
         found, labels = run.outputs(rows, states=states), run.labels(rows)
-        total = {"loss/ce": terms.cross_entropy(found.logits, labels)} if "ce" in arm.split("+") else {}
+        total = {"loss/ce": arms.cross_entropy(found.logits, labels)} if "ce" in arm.split("+") else {}
         for name, form, weight in zip(names, forms, weights, strict=True):
             shown = _shown(run, outputs, name, rows.roll(moved))
             total[f"loss/{name}"] = total.get(f"loss/{name}", 0) + weight * form(found, shown, labels)
@@ -153,21 +153,21 @@ def taught(
 
 def _shown(run: Run, outputs: dict[str, Tensor], name: str, rows: Tensor) -> Outputs:
     """What a term reads of the teacher, or of the assistant, at some training rows, where the student is."""
-    where, logits = run.model.device, outputs["assistant" if name == terms.ASSISTED else "train"]
-    states = outputs["states"][:, rows].to(where) if name in terms.OF_STATES else None
+    where, logits = run.model.device, outputs["assistant" if name == arms.ASSISTED else "train"]
+    states = outputs["states"][:, rows].to(where) if name in arms.OF_STATES else None
     return Outputs(logits[rows].to(where), states)
 
 
 def matched(run: Run, name: str, outputs: dict[str, Tensor]) -> float:
     """The weight of a term that matches CE's gradient on the first batches of the untrained student."""
-    form, states = terms.term(name, run.section), name in terms.OF_STATES
+    form, states = arms.term(name, run.section), name in arms.OF_STATES
 
     def pair(rows: Tensor) -> tuple[Tensor, Tensor]:
         found, labels = run.outputs(rows, states=states), run.labels(rows)
         shown = _shown(run, outputs, name, rows)
-        return terms.cross_entropy(found.logits, labels), form(found, shown, labels)
+        return arms.cross_entropy(found.logits, labels), form(found, shown, labels)
 
-    return terms.matched_weight(run.parameters, pair, run.batches[: run.section.matching_batches])
+    return arms.matched_weight(run.parameters, pair, run.batches[: run.section.matching_batches])
 
 
 def load_outputs(place: Workspace, file: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from limbeck import assets
 from limbeck.experiments.runs import Cell, Workspace
-from limbeck.experiments.sinkd import distill, encoder, terms
+from limbeck.experiments.sinkd import arms, distillation, encoder
 from limbeck.params import one_of
 
 ROWS = {"own": 0, "moved": 1}
@@ -29,7 +29,7 @@ class Params(encoder.Section):
         super().__post_init__()
         encoder.layers_of(self.student)
         for arm in self.arms:
-            one_of("arm", arm, terms.NAMES)
+            one_of("arm", arm, arms.NAMES)
 
 
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
@@ -37,7 +37,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     inputs = {name: value for name, value in asdict(params).items() if name != "arms"}
     inputs |= {"assets": assets.checksums(params.model, params.task)}
     teacher = {"arm": "teacher", "rows": "own", "seed": params.teacher_seed}
-    found = [Cell(teacher, inputs, (distill.outputs_file(params.task),))]
+    found = [Cell(teacher, inputs, (distillation.outputs_file(params.task),))]
     found += [
         Cell({"arm": arm, "rows": rows, "seed": seed}, inputs, wave=1)
         for seed in seeds
@@ -47,14 +47,14 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return found
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> distillation.Steps:
     """Train and score one cell; yields once a step."""
     at = cell.coordinates
     if at["arm"] == "teacher":
-        return (yield from distill.train_teacher(params, params.task, place))
-    student = distill.start(params, params.task, place, seed=at["seed"], student=params.student)
-    outputs = distill.load_outputs(place, distill.outputs_file(params.task))
-    weight = distill.matched(student, at["arm"], outputs)
-    loss = distill.taught(student, at["arm"], [weight], outputs, moved=ROWS[at["rows"]])
+        return (yield from distillation.train_teacher(params, params.task, place))
+    student = distillation.start(params, params.task, place, seed=at["seed"], student=params.student)
+    outputs = distillation.load_outputs(place, distillation.outputs_file(params.task))
+    weight = distillation.matched(student, at["arm"], outputs)
+    loss = distillation.taught(student, at["arm"], [weight], outputs, moved=ROWS[at["rows"]])
     curve = yield from student.fit(loss, params.learning_rate)
     return student.result(student.scores("test", outputs), curve)

@@ -12,7 +12,7 @@ import torch
 
 from limbeck import seeding
 from limbeck.experiments.runs import Cell, Result, Workspace
-from limbeck.experiments.sinkd import distill, sweep
+from limbeck.experiments.sinkd import distillation, sweep
 from limbeck.losses import transport
 
 COLLAPSE = "collapse"
@@ -43,7 +43,7 @@ def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     return minimisers + sweep.cells(params, seeds)
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> distillation.Steps:
     """One cell; yields once a step, or once a draw."""
     if cell.coordinates["axis"] != COLLAPSE:
         return (yield from sweep.run(cell, params, place))

@@ -17,7 +17,7 @@ from geomloss import SamplesLoss
 from torch import Tensor
 
 from limbeck import models, params, seeding, timing
-from limbeck.experiments.sinkd import encoder, table_encoder, terms
+from limbeck.experiments.sinkd import arms, comparison, encoder
 from limbeck.losses import divergence, manhattan, transport
 
 SHAPES = {"smoke": ((8, 3),), "bench": ((32, 3), (32, 17), (256, 1000), (32, 30522), (256, 8000))}
@@ -54,12 +54,12 @@ def _rows(batch: int, classes: int, rounds: int) -> list[dict[str, float | int |
 
 def step(batch: int, classes: int) -> Callable[[], object]:
     """Forward and backward of cross-entropy through `table_encoder`'s student on texts of the median length."""
-    section = params.load("sinkd", "table_encoder", "default", table_encoder.Params)
+    section = params.load("sinkd", "table_encoder", "default", comparison.Params)
     student = encoder.pretrained(section, classes, 0, section.students[0])
     weights = list(models.trainable(student).values())
     ids = torch.arange(1000, 1000 + batch * TOKENS).reshape(batch, TOKENS)
     labels = torch.arange(batch) % classes
-    return lambda: torch.autograd.grad(terms.cross_entropy(student(ids).logits, labels), weights, allow_unused=True)
+    return lambda: torch.autograd.grad(arms.cross_entropy(student(ids).logits, labels), weights, allow_unused=True)
 
 
 def losses(batch: int, classes: int) -> dict[str, Callable[[], Tensor]]:

@@ -7,8 +7,8 @@ from scipy import stats
 
 from limbeck import params
 from limbeck.experiments.runs import Workspace
-from limbeck.experiments.sinkd import fig_toy_divergences as toy
 from limbeck.experiments.sinkd import line
+from limbeck.experiments.sinkd import toy_divergences as toy
 
 
 @pytest.fixture

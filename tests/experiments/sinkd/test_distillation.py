@@ -7,7 +7,7 @@ import torch
 
 import cells
 from limbeck import models
-from limbeck.experiments.sinkd import distill, encoder, fig_permutation, terms
+from limbeck.experiments.sinkd import arms, distillation, encoder, permutation
 from limbeck.experiments.sinkd.section import SPLITS
 from limbeck.models import encoders
 
@@ -17,14 +17,14 @@ ROWS = torch.tensor([9, 2, 17, 5, 30, 11, 4])
 
 @pytest.fixture(scope="module")
 def section(tiny_bert, tiny_texts):
-    return cells.section(fig_permutation, tiny_bert, task=tiny_texts, student="first-2")
+    return cells.section("fig_permutation", tiny_bert, task=tiny_texts, student="first-2")
 
 
 @pytest.fixture(scope="module")
 def run(section, tmp_path_factory):
     """An untrained student; nothing here changes it."""
     where = cells.place(tmp_path_factory.mktemp("run"), "run")
-    return distill.start(section, section.task, where, seed=0, student="first-2")
+    return distillation.start(section, section.task, where, seed=0, student="first-2")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def outputs(run):
 
 def gradient(run, arm, weights, outputs, rows):
     """The gradient of an arm's whole loss, as one vector."""
-    loss = distill.taught(run, arm, weights, outputs)(rows)
+    loss = distillation.taught(run, arm, weights, outputs)(rows)
     parts = torch.autograd.grad(sum(loss.values()), list(run.parameters.values()), materialize_grads=True)
     return torch.cat([part.flatten() for part in parts])
 
@@ -93,36 +93,36 @@ def test_a_section_that_cannot_be_run_is_refused(section, change, message):
 def test_a_run_of_fewer_texts_sees_the_first_rows_each_once_an_epoch(section, tmp_path):
     section = dataclasses.replace(section, epochs=2)
     place = cells.place(tmp_path, "run")
-    few = distill.start(section, section.task, place, seed=0, student="first-2", texts=20)
+    few = distillation.start(section, section.task, place, seed=0, student="first-2", texts=20)
     assert sorted(torch.cat(few.batches).tolist()) == sorted(2 * list(range(20)))
-    whole = distill.start(section, section.task, place, seed=0)
+    whole = distillation.start(section, section.task, place, seed=0)
     assert sorted(torch.cat(whole.batches).tolist()) == sorted(10 * list(range(48))), (
         "a teacher has its own number of epochs"
     )
 
 
-@pytest.mark.parametrize("name", terms.NAMES)
+@pytest.mark.parametrize("name", arms.NAMES)
 def test_every_term_at_a_weight_changes_the_gradient_and_an_absent_one_does_not_appear(run, outputs, name):
     plain, alone = (gradient(run, arm, w, outputs, ROWS) for arm, w in (("ce", []), (name, [1.0])))
     assert alone.norm() > 0
     joined = gradient(run, f"ce+{name}", [0.5], outputs, ROWS)
     torch.testing.assert_close(joined, plain + 0.5 * alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradient(run, f"ce+{name}", [0.0], outputs, ROWS), plain)
-    assert set(distill.taught(run, "ce", [], outputs)(ROWS)) == {"loss/ce"}
-    assert set(distill.taught(run, name, [1.0], outputs)(ROWS)) == {f"loss/{name}"}
-    assert set(distill.taught(run, f"ce+{name}", [1.0], outputs)(ROWS)) == {"loss/ce", f"loss/{name}"}
+    assert set(distillation.taught(run, "ce", [], outputs)(ROWS)) == {"loss/ce"}
+    assert set(distillation.taught(run, name, [1.0], outputs)(ROWS)) == {f"loss/{name}"}
+    assert set(distillation.taught(run, f"ce+{name}", [1.0], outputs)(ROWS)) == {"loss/ce", f"loss/{name}"}
 
 
 def test_a_term_named_twice_counts_with_the_sum_of_its_weights(run, outputs):
-    twice = distill.taught(run, "ce+kl+kl", [0.5, 0.25], outputs)(ROWS)
-    once = distill.taught(run, "ce+kl", [0.75], outputs)(ROWS)
+    twice = distillation.taught(run, "ce+kl+kl", [0.5, 0.25], outputs)(ROWS)
+    once = distillation.taught(run, "ce+kl", [0.75], outputs)(ROWS)
     assert list(twice) == list(once) == ["loss/ce", "loss/kl"]
     torch.testing.assert_close(twice, once)
 
 
-@pytest.mark.parametrize("name", terms.NAMES)
+@pytest.mark.parametrize("name", arms.NAMES)
 def test_the_matched_weight_makes_both_gradients_equally_long(run, outputs, name):
-    weight = distill.matched(run, name, outputs)
+    weight = distillation.matched(run, name, outputs)
     rows = run.batches[0]
     norms = [gradient(run, arm, w, outputs, rows).norm().item() for arm, w in (("ce", []), (name, [weight]))]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -134,13 +134,13 @@ def test_the_matched_weight_is_the_ratio_of_the_mean_norms_over_the_first_batche
         [gradient(run, arm, w, outputs, rows).norm().item() for rows in run.batches[:2]]
         for arm, w in (("ce", []), ("js", [1.0]))
     ]
-    assert distill.matched(run, "js", outputs) == pytest.approx(sum(norms[0]) / sum(norms[1]), rel=1e-4)
+    assert distillation.matched(run, "js", outputs) == pytest.approx(sum(norms[0]) / sum(norms[1]), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", terms.NAMES)
+@pytest.mark.parametrize("name", arms.NAMES)
 def test_a_term_reads_the_teachers_states_its_logits_or_takd_the_assistants(run, outputs, name):
     def value(changed):
-        return distill.taught(run, name, [1.0], outputs | changed)(ROWS)[f"loss/{name}"].item()
+        return distillation.taught(run, name, [1.0], outputs | changed)(ROWS)[f"loss/{name}"].item()
 
     before, unread = value({}), ("rkd", "pkd", "takd")
     assert (value({"train": outputs["train"].flip(0)}) == before) == (name in unread)
@@ -155,10 +155,10 @@ def test_a_term_reads_the_teachers_states_its_logits_or_takd_the_assistants(run,
 
 def test_a_teacher_leaves_its_logits_of_every_split_and_its_states_of_the_training_split(section, tmp_path):
     place = cells.place(tmp_path, "run")
-    teacher, *_ = fig_permutation.cells(section, (0,))
-    result = cells.drive(fig_permutation, section, teacher, place)
+    teacher, *_ = permutation.cells(section, (0,))
+    result = cells.drive(permutation, section, teacher, place)
     (file,) = teacher.checkpoint_files
-    found = distill.load_outputs(place, file)
+    found = distillation.load_outputs(place, file)
     data, _ = encoder.splits(section, section.task)
     for split in SPLITS:
         right = found[split].argmax(-1) == data[split].labels
@@ -168,10 +168,10 @@ def test_a_teacher_leaves_its_logits_of_every_split_and_its_states_of_the_traini
         p.numel() for p in models.trainable(encoder.pretrained(section, 3, 0)).values()
     )
     # The last of the states, through the pooler and head of the same run done again, give the logits.
-    run = distill.start(section, section.task, place, seed=section.teacher_seed)
+    run = distillation.start(section, section.task, place, seed=section.teacher_seed)
     list(
         run.fit(
-            lambda rows: {"ce": terms.cross_entropy(run.outputs(rows).logits, run.labels(rows))},
+            lambda rows: {"ce": arms.cross_entropy(run.outputs(rows).logits, run.labels(rows))},
             section.teacher_learning_rate,
         )
     )

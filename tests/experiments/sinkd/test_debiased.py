@@ -8,7 +8,7 @@ import torch
 
 import cells
 from limbeck import params, seeding
-from limbeck.experiments.sinkd import fig_debiased, sweep
+from limbeck.experiments.sinkd import debiased, sweep
 from reference import transport
 
 SCALES = (0.05, 0.5, 0.9, 1.0, 1.1, 2.0)
@@ -16,7 +16,7 @@ SCALES = (0.05, 0.5, 0.9, 1.0, 1.1, 2.0)
 
 @pytest.fixture(scope="module")
 def section():
-    committed = params.load("sinkd", "fig_debiased", "smoke", fig_debiased.Params)
+    committed = params.load("sinkd", "fig_debiased", "smoke", debiased.Params)
     changes = {"collapse_scales": SCALES, "collapse_draws": 3, "collapse_epsilons": (0.01, 10.0)}
     return dataclasses.replace(committed, **changes)
 
@@ -27,10 +27,10 @@ def minimisers(tmp_path):
 
     def minimisers(section, epsilon, arm):
         at = {"axis": "collapse", "value": epsilon, "arm": arm}
-        (cell,) = [cell for cell in fig_debiased.cells(section, (0,)) if cell.coordinates == at]
+        (cell,) = [cell for cell in debiased.cells(section, (0,)) if cell.coordinates == at]
         where = cells.place(tmp_path, "collapse")
-        found = cells.drive(fig_debiased, section, cell, where).metrics["collapse/minimiser"]
-        return list(fig_debiased.run(cell, section, where)), found
+        found = cells.drive(debiased, section, cell, where).metrics["collapse/minimiser"]
+        return list(debiased.run(cell, section, where)), found
 
     return minimisers
 
@@ -66,7 +66,7 @@ def test_the_minimiser_is_that_of_the_twin_on_the_same_logits(section, minimiser
 
 
 def test_the_other_cells_are_those_of_the_sweep_on_the_axis_epsilon(section):
-    found = fig_debiased.cells(section, (0, 1))
+    found = debiased.cells(section, (0, 1))
     trained = [cell for cell in found if cell.coordinates["axis"] != "collapse"]
     assert trained == sweep.cells(section, (0, 1))
     assert len(found) - len(trained) == 2 * len(section.collapse_epsilons)
@@ -79,7 +79,7 @@ def test_a_cell_of_the_sweep_is_run_as_the_sweep_runs_it(section, tiny_bert, tin
     section = dataclasses.replace(section, model=tiny_bert, task=tiny_texts, **cells.SMALL)
     teacher, *_, cell = sweep.cells(section, (0,))
     assert cell.coordinates == {"axis": "epsilon", "value": 10.0, "arm": "ce+debiased", "seed": 0}
-    cells.drive(fig_debiased, section, teacher, cells.place(tmp_path, "teacher"))
-    ours, theirs = (cells.drive(m, section, cell, cells.place(tmp_path, m.__name__)) for m in (fig_debiased, sweep))
+    cells.drive(debiased, section, teacher, cells.place(tmp_path, "teacher"))
+    ours, theirs = (cells.drive(m, section, cell, cells.place(tmp_path, m.__name__)) for m in (debiased, sweep))
     assert ours == theirs
     assert 0 <= ours.metrics["test/score"] <= 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from limbeck import assets, seeding
 from limbeck.experiments.runs import Cell, Workspace
-from limbeck.experiments.sinkd import distill, encoder
+from limbeck.experiments.sinkd import distillation, encoder
 from limbeck.losses import transport
 
 
@@ -36,18 +36,18 @@ class Params(encoder.Section):
 def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
     """The teacher, then a student and a batch by seed."""
     inputs = asdict(params) | {"assets": assets.checksums(params.model, params.task)}
-    teacher = Cell({"phase": "teacher", "seed": params.teacher_seed}, inputs, (distill.outputs_file(params.task),))
+    teacher = Cell({"phase": "teacher", "seed": params.teacher_seed}, inputs, (distillation.outputs_file(params.task),))
     return [teacher, *(Cell({"phase": "plan", "seed": seed}, inputs, wave=1) for seed in seeds)]
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
+def run(cell: Cell, params: Params, place: Workspace) -> distillation.Steps:
     """Train one model, then compare its batch with the teacher's; yields once a step."""
     seed = cell.coordinates["seed"]
     if cell.coordinates["phase"] == "teacher":
-        return (yield from distill.train_teacher(params, params.task, place))
-    student = distill.start(params, params.task, place, seed=seed, student=params.student)
-    outputs = distill.load_outputs(place, distill.outputs_file(params.task))
-    curve = yield from student.fit(distill.taught(student, "ce", [], outputs), params.learning_rate)
+        return (yield from distillation.train_teacher(params, params.task, place))
+    student = distillation.start(params, params.task, place, seed=seed, student=params.student)
+    outputs = distillation.load_outputs(place, distillation.outputs_file(params.task))
+    curve = yield from student.fit(distillation.taught(student, "ce", [], outputs), params.learning_rate)
     labels = student.data["test"].labels
     rows = torch.randperm(len(labels), generator=seeding.generator(seed, "batch"))[: params.shown]
     rows = rows[torch.argsort(labels[rows], stable=True)]
