@@ -26,7 +26,21 @@ def section(experiment, model, **changes):
     """The committed smoke section of an experiment on a model from a folder: three steps per epoch."""
     module = importlib.import_module(digests.module_of("sinkd", experiment))
     committed = params.load("sinkd", experiment, "smoke", module.Params)
-    return dataclasses.replace(committed, model=model, **SMALL | changes)
+    return changed(committed, model=model, **SMALL | changes)
+
+
+def changed(section, **changes):
+    """The section with some values changed, in whichever of its parts they stand."""
+    if unknown := changes.keys() - params.flat(section).keys():
+        raise ValueError(f"received {sorted(unknown)}, expected values of {type(section).__name__}")
+    fields = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            fields[field.name] = changed(value, **{k: v for k, v in changes.items() if k in params.flat(value)})
+        elif field.name in changes:
+            fields[field.name] = changes[field.name]
+    return dataclasses.replace(section, **fields)
 
 
 def place(folder, name, found=()):

@@ -12,5 +12,5 @@ EXPERIMENTS = {
     "fig_hyperparameters": "sweep",
     "fig_debiased": "debiased",
     "table_decoder": "decoder",
-    "table_encoder_decoder": "encoder_decoder",
+    "table_encoder_decoder": "generation",
 }

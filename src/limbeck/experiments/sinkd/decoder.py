@@ -1,4 +1,4 @@
-"""SinKD between decoders: a language model is taught to classify in words, and a part of it learns from it.
+"""SinKD between decoders: as `generation`, with only a part of each model trained, and answers without an end token.
 
 The teacher's last layers are fine-tuned. The student is another decoder of the same vocabulary, or the first layers of
 the untrained teacher (`first-4`), which then shares the frozen embeddings and head with it.
@@ -10,43 +10,44 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.experiments.runs import Cell, Workspace
-from limbeck.experiments.sinkd import generation, generation_cells
+from limbeck.experiments.sinkd import generation
+from limbeck.experiments.sinkd.distillation import Steps
 from limbeck.models import language
-from limbeck.params import positive
+from limbeck.params import flat, positive
 
 
 @dataclass(frozen=True)
-class Params(generation_cells.Section):
+class Params:
     """The section of params/sinkd.yaml; sources stand there."""
 
+    generation: generation.Params
     teacher_trained_layers: int
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
-        super().__post_init__()
         positive(teacher_trained_layers=self.teacher_trained_layers)
 
 
-def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
+def cells(section: Params, seeds: Sequence[int]) -> list[Cell]:
     """The teacher, the selection runs, then every arm by seed."""
-    return generation_cells.cells(params, seeds)
+    return generation.cells_with(flat(section), section.generation, seeds)
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> generation.Steps:
+def run(cell: Cell, section: Params, workspace: Workspace) -> Steps:
     """Train and score one cell; yields once a step."""
-    tokenizer, data = generation.prepare(params, ends=False)
+    shared = section.generation
+    tokenizer, data = generation.tokenizer_and_splits(shared, ends=False)
     if cell.coordinates["phase"] == "teacher":
-        model = language.load(params.teacher, tokenizer, seed=params.teacher_seed)
-        model = language.train_last_layers(model, params.teacher_trained_layers)
-        return (yield from generation.train_teacher(generation.Run(model, data, params, place)))
-    model = _student(params, tokenizer)
-    return (yield from generation.train_student(generation.Run(model, data, params, place), cell.coordinates))
+        model = language.load(shared.teacher, tokenizer, seed=shared.loop.teacher_seed)
+        model = language.train_last_layers(model, section.teacher_trained_layers)
+    else:
+        model = student_at_start(shared, tokenizer)
+    return (yield from generation.train(model, data, cell, shared, workspace))
 
 
-def _student(params: Params, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The student at its start, the same for every seed: seeds differ in the order of the texts."""
-    _, first, layers = params.student.rpartition("first-")
-    model = language.load(params.teacher if first else params.student, tokenizer, seed=params.teacher_seed)
+def student_at_start(section: generation.Params, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The student, the same for every seed: seeds differ in the order of the texts."""
+    _, first, layers = section.student.rpartition("first-")
+    model = language.load(section.teacher if first else section.student, tokenizer, seed=section.loop.teacher_seed)
     if first:
         model = language.keep_first_layers(model, int(layers))
     return language.train_last_layers(model, model.config.num_hidden_layers)

@@ -6,55 +6,52 @@ the weight that matches its gradient norm to that of CE on the untrained student
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from limbeck import assets
 from limbeck.experiments.runs import Cell, Workspace
-from limbeck.experiments.sinkd import arms, distillation, encoder
-from limbeck.params import one_of
+from limbeck.experiments.sinkd import arms, distillation
+from limbeck.params import flat, one_of
 
 ROWS = {"own": 0, "moved": 1}
 
 
 @dataclass(frozen=True)
-class Params(encoder.Section):
+class Params:
     """The section of params/sinkd.yaml; sources stand there."""
 
+    setup: distillation.Setup
     task: str
     student: str
     arms: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
-        super().__post_init__()
-        encoder.layers_of(self.student)
+        distillation.layers_of(self.student)
         for arm in self.arms:
             one_of("arm", arm, arms.NAMES)
 
 
-def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
+def cells(section: Params, seeds: Sequence[int]) -> list[Cell]:
     """The teacher, then every arm with its rows as they are and moved, by seed."""
-    inputs = {name: value for name, value in asdict(params).items() if name != "arms"}
-    inputs |= {"assets": assets.checksums(params.model, params.task)}
-    teacher = {"arm": "teacher", "rows": "own", "seed": params.teacher_seed}
-    found = [Cell(teacher, inputs, (distillation.outputs_file(params.task),))]
-    found += [
+    inputs = {name: value for name, value in flat(section).items() if name != "arms"}
+    inputs |= {"assets": assets.checksums(section.setup.model, section.task)}
+    teacher = {"arm": "teacher", "rows": "own", "seed": section.setup.loop.teacher_seed}
+    return [Cell(teacher, inputs, (distillation.outputs_file(section.task),))] + [
         Cell({"arm": arm, "rows": rows, "seed": seed}, inputs, wave=1)
         for seed in seeds
-        for arm in params.arms
+        for arm in section.arms
         for rows in ROWS
     ]
-    return found
 
 
-def run(cell: Cell, params: Params, place: Workspace) -> distillation.Steps:
+def run(cell: Cell, section: Params, workspace: Workspace) -> distillation.Steps:
     """Train and score one cell; yields once a step."""
-    at = cell.coordinates
-    if at["arm"] == "teacher":
-        return (yield from distillation.train_teacher(params, params.task, place))
-    student = distillation.start(params, params.task, place, seed=at["seed"], student=params.student)
-    outputs = distillation.load_outputs(place, distillation.outputs_file(params.task))
-    weight = distillation.matched(student, at["arm"], outputs)
-    loss = distillation.taught(student, at["arm"], [weight], outputs, moved=ROWS[at["rows"]])
-    curve = yield from student.fit(loss, params.learning_rate)
-    return student.result(student.scores("test", outputs), curve)
+    arm, rows, seed = (cell.coordinates[name] for name in ("arm", "rows", "seed"))
+    if arm == "teacher":
+        return (yield from distillation.train_teacher(section.setup, section.task, workspace))
+    student = distillation.start(section.setup, section.task, workspace, seed=seed, student=section.student)
+    teacher = distillation.read_outputs(workspace, section.task)
+    weight = distillation.gradient_matched_weight(student, arm, teacher)
+    loss = distillation.distillation_loss(student, arm, [weight], teacher, moved=ROWS[rows])
+    curve = yield from student.fit(loss, section.setup.loop.learning_rate)
+    return student.result(student.scores("test", teacher), curve)
