@@ -132,7 +132,7 @@ def test_the_papers_arm_is_the_librarys_loss(run, outputs):
     theirs = sinkd.sinkd_loss(
         run.outputs(ROWS).logits,
         outputs["train"][ROWS],
-        run.labels(ROWS),
+        run.data["train"].labels[ROWS],
         ce_coef=1.0,
         kl_coef=weights[0],
         sinkhorn_coef=weights[1],
@@ -155,7 +155,7 @@ def test_the_matched_weight_makes_both_gradients_equally_long(run, outputs, name
 def test_a_term_that_has_no_gradient_has_no_matched_weight(run):
     weight = next(iter(run.parameters.values()))
     with pytest.raises(ValueError, match="expected a term with a gradient, got one whose gradient is 0 on every batch"):
-        run.gradient_matched_weight(lambda _: (weight.sum(), 0 * weight.sum()))
+        run.gradient_matched_weight(lambda _: {"loss/ce": weight.sum(), "loss/none": 0 * weight.sum()})
 
 
 def test_the_matched_weight_is_the_ratio_of_the_mean_norms_over_the_first_batches(run, outputs, section):
@@ -203,7 +203,7 @@ def test_a_teacher_leaves_its_logits_of_every_split_and_its_states_of_the_traini
     run = distillation.start(section.setup, section.task, place, seed=section.setup.loop.teacher_seed)
     list(
         run.fit(
-            lambda rows: {"ce": arms.cross_entropy(run.outputs(rows).logits, run.labels(rows))},
+            lambda rows: {"ce": arms.cross_entropy(run.outputs(rows).logits, run.data["train"].labels[rows])},
             section.setup.loop.teacher_learning_rate,
         )
     )

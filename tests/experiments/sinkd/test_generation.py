@@ -180,7 +180,7 @@ def test_the_matched_weight_makes_both_gradients_equally_long(run, term):
     run, taught = run
     rows = torch.arange(6)
     run.batches = [rows]
-    weight = generation.matched_weight(run, term, taught)
+    weight = run.gradient_matched_weight(lambda rows: run.terms(rows, [term], taught))
     terms = run.terms(rows, [term], taught)
     norm = supervised.gradient_norm(run.parameters, weight * terms[term])
     assert norm == pytest.approx(supervised.gradient_norm(run.parameters, terms["ce"]), rel=1e-5)

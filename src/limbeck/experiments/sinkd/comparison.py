@@ -71,8 +71,8 @@ def _cells_of_task(section: Params, task: str, inputs: dict[str, Any], seeds: Se
     chosen_from = inputs | {"multiples": section.multiples, "chosen over": section.tasks, "assets": checksums}
     searched = searched_arms(section.arms)
     assisting = 1 + max((len(arms.added(arm)) for arm in searched), default=0)  # the wave of the assistant
-    seed = section.setup.loop.teacher_seed
-    teacher = {"phase": "teacher", "task": task, "student": "teacher", "arm": "teacher", "seed": seed}
+    teacher = {"phase": "teacher", "task": task, "student": "teacher", "arm": "teacher"}
+    teacher["seed"] = section.setup.loop.teacher_seed
     task_cells = [Cell(teacher, inputs, (distillation.outputs_file(task),))]
     for student in section.students:
         pair = {"task": task, "student": student}
@@ -126,8 +126,8 @@ def _weights(
     coordinates: Mapping[str, Any], chooser: str, student: distillation.EncoderRun, teacher: dict[str, Tensor]
 ) -> list[float]:
     """The weight of every added term, in the arm's order, at the multiples that are best for the student `chooser`."""
-    names, records, weights = arms.added(coordinates["arm"]), student.workspace.records, []
-    phase, task = coordinates["phase"], coordinates["task"]
+    phase, records = coordinates["phase"], student.workspace.records
+    names, weights = arms.added(coordinates["arm"]), []
     for depth, name in enumerate(names, 1):
         selection = {"phase": "selection", "arm": "+".join(["ce", *names[:depth]]), "student": chooser}
         tuning = phase == "selection" and depth == len(names)
@@ -138,7 +138,7 @@ def _weights(
         if tuning or phase == "assistant":  # its own gradients, at the students' multiple
             weights.append(multiple * distillation.gradient_matched_weight(student, name, teacher))
         else:
-            selection |= {"task": task, "multiple": multiple}
+            selection |= {"task": coordinates["task"], "multiple": multiple}
             [record] = [record for record in records if selection.items() <= record["cell"].items()]
             weights.append(record["metrics"]["loss/weight"])
     return weights

@@ -5,7 +5,7 @@ the untrained teacher (`first-4`), which then shares the frozen embeddings and h
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +13,7 @@ from limbeck.experiments.runs import Cell, Workspace
 from limbeck.experiments.sinkd import generation
 from limbeck.experiments.sinkd.distillation import Steps
 from limbeck.models import language
-from limbeck.params import flat, positive
+from limbeck.params import positive
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Params:
 
 def cells(section: Params, seeds: Sequence[int]) -> list[Cell]:
     """The teacher, the selection runs, then every arm by seed."""
-    return generation.cells_with(flat(section), section.generation, seeds)
+    own = {"teacher_trained_layers": section.teacher_trained_layers}
+    return [replace(cell, inputs=cell.inputs | own) for cell in generation.cells(section.generation, seeds)]
 
 
 def run(cell: Cell, section: Params, workspace: Workspace) -> Steps:

@@ -99,13 +99,13 @@ class Run:
             measure=measure,
         )
 
-    def gradient_matched_weight(self, terms: Callable[[Tensor], tuple[Tensor, Tensor]]) -> float:
+    def gradient_matched_weight(self, loss: Loss) -> float:
         """The weight at which a term's gradient is as long as CE's, on average over the first batches.
 
-        `terms` gives CE and the term of a batch. Raises ValueError if the term has no gradient at all.
+        `loss` gives CE and the term of a batch. Raises ValueError if the term has no gradient at all.
         """
         first = self.batches[: self.loop.matching_batches]
-        norms = [[supervised.gradient_norm(self.parameters, value) for value in terms(rows)] for rows in first]
+        norms = [[supervised.gradient_norm(self.parameters, value) for value in loss(rows).values()] for rows in first]
         if not (total := sum(other for _, other in norms)):
             raise ValueError("expected a term with a gradient, got one whose gradient is 0 on every batch")
         return sum(ce for ce, _ in norms) / total
@@ -164,10 +164,6 @@ class EncoderRun(Run):
         """The model's outputs of some training rows."""
         return classifier.forward(self.model, self.data["train"], rows, self.dtype, states=states)
 
-    def labels(self, rows: Tensor) -> Tensor:
-        """Their labels, where the model is."""
-        return self.data["train"].labels[rows].to(self.model.device)
-
     def logits(self, split: str) -> Tensor:
         """The model's logits of a whole split."""
         return classifier.all_rows(self.model, self.data[split], self.dtype).logits
@@ -224,35 +220,25 @@ def distillation_loss(
     the training split that it reads. With `moved`, each row learns from the outputs of the row so many places before
     it in the batch.
     """
-    names = arms.added(arm)
+    names, device = arms.added(arm), run.model.device
     terms = [arms.term(name, run.terms) for name in names]
     states = any(name in arms.OF_STATES for name in names)
 
+    def target(name: str, rows: Tensor) -> Outputs:
+        logits = teacher["assistant" if name == arms.ASSISTED else "train"][rows].to(device)
+        return Outputs(logits, teacher["states"][:, rows].to(device) if name in arms.OF_STATES else None)
+
     def loss(rows: Tensor) -> dict[str, Tensor]:
-        outputs, labels = run.outputs(rows, states=states), run.labels(rows)
+        outputs, labels = run.outputs(rows, states=states), run.data["train"].labels[rows].to(device)
         total = {"loss/ce": arms.cross_entropy(outputs.logits, labels)} if "ce" in arm.split("+") else {}
         for name, term, weight in zip(names, terms, weights, strict=True):
-            target = _target(run, teacher, name, rows.roll(moved))
-            total[f"loss/{name}"] = total.get(f"loss/{name}", 0) + weight * term(outputs, target, labels)
+            value = weight * term(outputs, target(name, rows.roll(moved)), labels)
+            total[f"loss/{name}"] = total.get(f"loss/{name}", 0) + value
         return total
 
     return loss
 
 
-def _target(run: EncoderRun, teacher: dict[str, Tensor], name: str, rows: Tensor) -> Outputs:
-    """What a term reads of the teacher, or of the assistant, at some training rows, where the student is."""
-    device, logits = run.model.device, teacher["assistant" if name == arms.ASSISTED else "train"]
-    states = teacher["states"][:, rows].to(device) if name in arms.OF_STATES else None
-    return Outputs(logits[rows].to(device), states)
-
-
 def gradient_matched_weight(run: EncoderRun, name: str, teacher: dict[str, Tensor]) -> float:
     """The weight of a term that matches CE's gradient on the first batches of the untrained student."""
-    term = arms.term(name, run.terms)
-
-    def terms(rows: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, labels = run.outputs(rows, states=name in arms.OF_STATES), run.labels(rows)
-        target = _target(run, teacher, name, rows)
-        return arms.cross_entropy(outputs.logits, labels), term(outputs, target, labels)
-
-    return run.gradient_matched_weight(terms)
+    return run.gradient_matched_weight(distillation_loss(run, f"ce+{name}", [1.0], teacher))

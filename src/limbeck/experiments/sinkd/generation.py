@@ -76,12 +76,7 @@ class Params:
 
 def cells(section: Params, seeds: Sequence[int]) -> list[Cell]:
     """The teacher; selection runs of every added term, an arm's last term after those before it; every arm by seed."""
-    return cells_with(flat(section), section, seeds)
-
-
-def cells_with(values: Mapping[str, Any], section: Params, seeds: Sequence[int]) -> list[Cell]:
-    """The cells of an experiment that depends on more `values` than this section's, by key."""
-    inputs = {name: value for name, value in values.items() if name not in ("arms", "multiples")}
+    inputs = {name: value for name, value in flat(section).items() if name not in ("arms", "multiples")}
     inputs["assets"] = assets.checksums(section.teacher, section.student, section.data)
     chosen_from = inputs | {"multiples": section.multiples}
     teacher = Cell({"phase": "teacher", "arm": "teacher", "seed": section.loop.teacher_seed}, inputs, (TEACHER,))
@@ -217,8 +212,9 @@ def _weights(run: LanguageRun, coordinates: Mapping[str, Any], teacher: Mapping[
         return {}
     if coordinates["phase"] == "final":
         return chosen_weights(records, coordinates["arm"])
-    weight = coordinates["multiple"] * matched_weight(run, last, teacher)
-    return (chosen_weights(records, before) if "+" in before else {}) | {last: weight}
+    weight = run.gradient_matched_weight(lambda rows: run.terms(rows, [last], teacher))
+    held = chosen_weights(records, before) if "+" in before else {}
+    return held | {last: coordinates["multiple"] * weight}
 
 
 def chosen_weights(records: Sequence[Mapping[str, Any]], arm: str) -> dict[str, float]:
@@ -228,16 +224,6 @@ def chosen_weights(records: Sequence[Mapping[str, Any]], arm: str) -> dict[str, 
     [record] = [record for record in records if selection.items() <= record["cell"].items()]
     weights = {name: value for name, value in record["metrics"].items() if name.startswith("weight/")}
     return {name.removeprefix("weight/"): value for name, value in weights.items()}
-
-
-def matched_weight(run: LanguageRun, name: str, teacher: Mapping[str, Tensor]) -> float:
-    """The weight of a term that matches CE's gradient on the first batches of the untrained student."""
-
-    def terms(rows: Tensor) -> tuple[Tensor, Tensor]:
-        values = run.terms(rows, [name], teacher)
-        return values["ce"], values[name]
-
-    return run.gradient_matched_weight(terms)
 
 
 def _share(predictions: Tensor, expected: Tensor) -> float:

@@ -65,17 +65,16 @@ def cells(section: Params, seeds: Sequence[int]) -> list[Cell]:
 
 def run(cell: Cell, section: Params, workspace: Workspace) -> distillation.Steps:
     """Train and score one setting; yields once a step."""
-    setup, task, strength = section.setup, section.task, section.strength
-    axis, value, arm = (cell.coordinates[name] for name in ("axis", "value", "arm"))
+    axis, value, arm, seed = (cell.coordinates[name] for name in ("axis", "value", "arm", "seed"))
+    setup, strength = section.setup, section.strength
     if axis == "teacher":
-        return (yield from distillation.train_teacher(setup, task, workspace))
+        return (yield from distillation.train_teacher(setup, section.task, workspace))
     if axis == "strength":
         strength = value
     elif axis != CENTRE:
         setup = replace(setup, terms=replace(setup.terms, **{axis: value}))
-    seed = cell.coordinates["seed"]
-    student = distillation.start(setup, task, workspace, seed=seed, student=section.student)
-    teacher = distillation.read_outputs(workspace, task)
+    student = distillation.start(setup, section.task, workspace, seed=seed, student=section.student)
+    teacher = distillation.read_outputs(workspace, section.task)
     weights = [
         distillation.gradient_matched_weight(student, name, teacher)
         * (section.kl_strength if name == "kl" else strength)

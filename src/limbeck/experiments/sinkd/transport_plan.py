@@ -46,15 +46,15 @@ def run(cell: Cell, section: Params, workspace: Workspace) -> distillation.Steps
     setup, seed = section.setup, cell.coordinates["seed"]
     if cell.coordinates["phase"] == "teacher":
         return (yield from distillation.train_teacher(setup, section.task, workspace))
-    run = distillation.start(setup, section.task, workspace, seed=seed, student=section.student)
-    curve = yield from run.fit(distillation.distillation_loss(run, "ce", [], {}), setup.loop.learning_rate)
-    labels = run.data["test"].labels
+    trained = distillation.start(setup, section.task, workspace, seed=seed, student=section.student)
+    curve = yield from trained.fit(distillation.distillation_loss(trained, "ce", [], {}), setup.loop.learning_rate)
+    labels = trained.data["test"].labels
     rows = torch.randperm(len(labels), generator=seeding.generator(seed, "batch"))[: section.shown]
     rows = rows[torch.argsort(labels[rows], stable=True)]
-    logits = run.logits("test"), distillation.read_outputs(workspace, section.task)["test"]
+    logits = trained.logits("test"), distillation.read_outputs(workspace, section.task)["test"]
     student, teacher = ((side[rows] / setup.terms.temperature).softmax(-1) for side in logits)
     plan, metrics = _across(student, teacher, labels[rows], setup.terms)
-    return run.result(metrics, curve | plan | _inside(student, teacher, setup.terms.epsilon))
+    return trained.result(metrics, curve | plan | _inside(student, teacher, setup.terms.epsilon))
 
 
 def _across(
