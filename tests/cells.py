@@ -1,10 +1,11 @@
 """Cells of experiments on tiny models and texts, driven without a ledger."""
 
 import dataclasses
+import importlib
 
 import torch
 
-from limbeck import params
+from limbeck import digests, params
 from limbeck.experiments.runs import Workspace
 
 SMALL = {
@@ -21,10 +22,11 @@ SMALL = {
 }
 
 
-def section(module, model, **changes):
-    """The committed smoke section of an experiment on a model from a folder: three steps an epoch."""
-    committed = params.load("sinkd", module.__name__.rpartition(".")[2], "smoke", module.Params)
-    return dataclasses.replace(committed, model=model, **SMALL | changes)
+def section(experiment, model, **changes):
+    """The committed smoke section of an experiment on a model from a folder: three steps per epoch."""
+    module = importlib.import_module(digests.module_of("sinkd", experiment))
+    committed = params.load("sinkd", experiment, "smoke", module.Params)
+    return changed(committed, model=model, **SMALL | changes)
 
 
 def changed(section, **changes):

@@ -2,7 +2,7 @@ import jaxtyping
 import pytest
 import torch
 
-from limbeck.losses import divergence, sinkd, transport
+from limbeck.losses import sinkd, transport
 
 OFF = {"ce_coef": 0.0, "kl_coef": 0.0, "sinkhorn_coef": 0.0}
 
@@ -173,10 +173,29 @@ def test_every_epsilon_gives_finite_values_and_gradients(epsilon):
     assert torch.isfinite(torch.autograd.grad(loss, student)[0]).all()
 
 
+@pytest.mark.parametrize("debias", [False, True])
+def test_groups_of_a_batch_are_problems_of_their_own_and_the_last_may_be_short(debias):
+    student, teacher, _ = batch()
+    whole = sinkd.batch_sinkhorn(student, teacher, debias=debias)
+    assert sinkd.batch_sinkhorn(student, teacher, debias=debias, group=len(student) + 1) == whole
+    size = len(student) - 1
+    parts = [
+        sinkd.batch_sinkhorn(student[rows], teacher[rows], debias=debias) for rows in (slice(size), slice(size, None))
+    ]
+    assert sinkd.batch_sinkhorn(student, teacher, debias=debias, group=size) == sum(parts) != whole
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"group": 0}, "group 0, expected group >= 1"), ({"temperature": 0.0}, "temperature > 0")]
+)
+def test_a_batch_that_cannot_be_cut_or_softened_is_refused(wrong, message):
+    student, teacher, _ = batch()
+    with pytest.raises(ValueError, match=message):
+        sinkd.batch_sinkhorn(student, teacher, **wrong)
+
+
 def test_at_equality_only_the_floor_of_the_transport_is_left():
     student, _, labels = batch()
     terms = {name: sinkd.sinkd_loss(student, student, labels, **(OFF | {name: 1.0})).item() for name in OFF}
     assert terms["kl_coef"] == pytest.approx(0, abs=1e-10)
     assert terms["sinkhorn_coef"] > 0.01
-    soft = divergence.soft_cross_entropy(student, student)
-    assert soft > 0.1, "the released code's KL is not 0 at equality"

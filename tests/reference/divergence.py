@@ -28,7 +28,3 @@ def jensen_shannon(student, teacher):
 
 def total_variation(student, teacher):
     return sum(abs(a - b) for a, b in zip(student, teacher, strict=True)) / 2
-
-
-def soft_cross_entropy(student, teacher):
-    return -sum(b * math.log(a) for a, b in zip(student, teacher, strict=True) if b > 0)

@@ -1,11 +1,11 @@
 """Pointwise divergences between a student's and a teacher's distribution over classes or a vocabulary.
 
-The comparisons of SinKD: forward and reverse KL, Jensen-Shannon, total variation, and the soft cross-entropy that its
-released code calls KL. One convention for all: logits in, the scalar is a mean over the rows that the mask keeps, the
-gradient goes to the student only. Rows outside the mask are dropped before anything is computed, whatever they hold.
+The comparisons of SinKD: forward and reverse KL, Jensen-Shannon and total variation. One convention for all: logits in,
+the scalar is a mean over the rows that the mask keeps, the gradient goes to the student only. Rows outside the mask are
+dropped before anything is computed, whatever they hold.
 
 Left out: the factor temperature^2 of Hinton et al. (2015), and the weights 0.1 of SinKD's released code. Both are the
-caller's. Low precision is promoted to float32. Longer than 200 lines because ten public signatures are written out.
+caller's. Low precision is promoted to float32. Longer than 200 lines because eight public signatures are written out.
 """
 
 import math
@@ -74,7 +74,8 @@ def forward_kl(
 
     sum_v p_v (log p_v - log q_v), p teacher, q student (SinKD's J_KL). Mode-covering.
 
-    The gradient is that of `soft_cross_entropy`; the value is 0 at equality, that one's is not.
+    The gradient is that of the soft cross-entropy which SinKD's released code calls KL; the value is 0 at equality,
+    that one's is the teacher's entropy.
     Units: nats a row. Gradient: to the student; the teacher is detached. No factor temperature^2.
     Raises ValueError for unequal shapes, temperature <= 0, an empty mask, or a loss that is not finite.
     """
@@ -176,35 +177,4 @@ def total_variation(
     Raises ValueError for unequal shapes, temperature <= 0, an empty mask, or a loss that is not finite.
     """
     values = total_variation_per_token(student_logits, teacher_logits, mask=mask, temperature=temperature)
-    return _mean(values, mask)
-
-
-def soft_cross_entropy_per_token(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
-    *,
-    mask: Bool[Tensor, "*rows"] | None = None,
-    temperature: float = 1.0,
-) -> Float[Tensor, "*rows"]:
-    """`soft_cross_entropy` of each row, unreduced; 0 where the mask is False."""
-    student, teacher = _logprobs(student_logits, teacher_logits, mask, temperature)
-    return _restored(_expectation(teacher, -student), mask)
-
-
-def soft_cross_entropy(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
-    *,
-    mask: Bool[Tensor, "*rows"] | None = None,
-    temperature: float = 1.0,
-) -> Float[Tensor, ""]:
-    """Cross-entropy of the student under the teacher's probabilities, mean over the kept rows.
-
-    sum_v -p_v log q_v, p teacher, q student: forward KL plus the teacher's entropy (L_KL of SinKD's released code).
-
-    Not 0 when the two agree: the teacher's entropy remains.
-    Units: nats a row. Gradient: to the student; the teacher is detached. No factor temperature^2.
-    Raises ValueError for unequal shapes, temperature <= 0, an empty mask, or a loss that is not finite.
-    """
-    values = soft_cross_entropy_per_token(student_logits, teacher_logits, mask=mask, temperature=temperature)
     return _mean(values, mask)

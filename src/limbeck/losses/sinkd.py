@@ -38,7 +38,7 @@ def sinkd_loss(
     sinkhorn_temperature (SinKD, section on the batch-wise form; coefficients as in the released encoder-only code).
 
     The first two terms are means over the batch and the last is a sum: doubling the batch doubles its share.
-    Units: nats for the first two; the last as `sinkhorn_distance`. Gradient: to the student only, unrolled.
+    Units: nats for the first two; the last as `batch_sinkhorn`. Gradient: to the student only, unrolled.
     Raises ValueError for unequal shapes, a label that is no class, a temperature or epsilon <= 0, or a loss that is not
     finite.
     """
@@ -46,10 +46,38 @@ def sinkd_loss(
         low, high = int(labels.min()), int(labels.max())
         raise ValueError(f"received labels from {low} to {high}, expected 0 to {student_logits.shape[-1] - 1}")
     kl = forward_kl(student_logits, teacher_logits, temperature=kl_temperature)
-    student, teacher = (_probs(x, sinkhorn_temperature) for x in (student_logits, teacher_logits))
-    transport = sinkhorn_distance(student, teacher, epsilon=epsilon, iterations=iterations)
+    transport = batch_sinkhorn(
+        student_logits, teacher_logits, temperature=sinkhorn_temperature, epsilon=epsilon, iterations=iterations
+    )
     ce = F.cross_entropy(_wide(student_logits), labels)
     return require_finite(ce_coef * ce + kl_coef * kl + sinkhorn_coef * transport)
+
+
+def batch_sinkhorn(
+    student_logits: Float[Tensor, "batch classes"],
+    teacher_logits: Float[Tensor, "batch classes"],
+    *,
+    temperature: float = 2.0,
+    epsilon: float = 0.1,
+    iterations: int = 20,
+    p: int = 1,
+    debias: bool = False,
+    group: int | None = None,
+) -> Float[Tensor, ""]:
+    """The batch-wise Sinkhorn distance of classifiers' outputs: `sinkhorn_distance` at the temperature.
+
+    With `group`, the batch is cut into groups of so many samples (the last may be short), each a problem of its own:
+    what data parallelism does to SinKD, and at a group of 1 the L1 norm. A sum over all samples all the same.
+    Units: as `sinkhorn_distance`. Gradient: to the student only, unrolled.
+    Raises ValueError for unequal shapes, temperature, epsilon or group <= 0, or a loss that is not finite.
+    """
+    if group is not None and group < 1:
+        raise ValueError(f"received group {group}, expected group >= 1")
+    parts = (_probs(logits, temperature).split(group or len(logits)) for logits in (student_logits, teacher_logits))
+    return sum(
+        sinkhorn_distance(student, teacher, epsilon=epsilon, iterations=iterations, p=p, debias=debias)
+        for student, teacher in zip(*parts, strict=True)
+    )
 
 
 def sequence_sinkhorn(

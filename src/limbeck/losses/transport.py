@@ -183,7 +183,7 @@ def sample_value_cost(
 
     It matches values, not classes: a permutation of the classes costs nothing when epsilon is small.
     Units: probability. Gradient: to the student only; "unrolled" through cost, marginal and iterations, "envelope" as
-    `sample_index_cost` plus the plan times the cost's derivative. Memory: batch * classes^2, so few classes.
+    `sample_index_cost_per_row` plus the plan times the cost's derivative. Memory: batch * classes^2, so few classes.
     Raises ValueError for unequal shapes, epsilon <= 0, iterations < 1, an unknown gradient, a loss that is not finite.
     """
     student, teacher = _pair(student_probs, teacher_probs, first_equal=0)
@@ -203,7 +203,7 @@ def sample_zero_one(
 
     sum_jk P_jk [j != k], P with marginals t and s. Exact transport (epsilon -> 0) is total variation.
 
-    Units: probability moved. Gradient and memory: as `sample_index_cost`.
+    Units: probability moved. Gradient and memory: as `sample_index_cost_per_row`.
     Raises ValueError for unequal shapes, epsilon <= 0, iterations < 1, an unknown gradient, a loss that is not finite.
     """
     student, teacher = _pair(student_probs, teacher_probs, first_equal=0)
@@ -220,23 +220,7 @@ def sample_index_cost_per_row(
     scale: float = 1.0,
     gradient: str = "unrolled",
 ) -> Float[Tensor, " batch"]:
-    """`sample_index_cost` of each row, unreduced."""
-    student, teacher = _pair(student_probs, teacher_probs, first_equal=0)
-    place = scale * torch.arange(student.shape[1], dtype=student.dtype, device=student.device)
-    cost = (place[:, None] - place).abs()
-    return _sample_transport(student, teacher, cost, epsilon, iterations, gradient)
-
-
-def sample_index_cost(
-    student_probs: Float[Tensor, "batch classes"],
-    teacher_probs: Float[Tensor, "batch classes"],
-    *,
-    epsilon: float = 0.1,
-    iterations: int = 20,
-    scale: float = 1.0,
-    gradient: str = "unrolled",
-) -> Float[Tensor, ""]:
-    """Transport inside each sample along ordered classes; mean over rows.
+    """Transport inside each sample along ordered classes; each row's, unreduced.
 
     sum_jk P_jk scale |j - k|, P with marginals t and s, by u = t / (K v), v = s / (K^T u). Only for classes on a line.
 
@@ -244,12 +228,12 @@ def sample_index_cost(
     constant, so the gradient is the student's dual potential at these iterations, which is that of
     min <P, D> + epsilon KL(P | t s^T): same plan, finite at probability 0, and up to a constant that softmax removes.
     The value stays <P, D>. Memory: batch * classes^2, times the iterations when unrolled.
-    Raises ValueError for unequal shapes, epsilon <= 0, iterations < 1, an unknown gradient, a loss that is not finite.
+    Raises ValueError for unequal shapes, epsilon <= 0, iterations < 1 or an unknown gradient.
     """
-    values = sample_index_cost_per_row(
-        student_probs, teacher_probs, epsilon=epsilon, iterations=iterations, scale=scale, gradient=gradient
-    )
-    return require_finite(values.mean())
+    student, teacher = _pair(student_probs, teacher_probs, first_equal=0)
+    place = scale * torch.arange(student.shape[1], dtype=student.dtype, device=student.device)
+    cost = (place[:, None] - place).abs()
+    return _sample_transport(student, teacher, cost, epsilon, iterations, gradient)
 
 
 def sample_l1(

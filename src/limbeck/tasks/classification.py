@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from limbeck import seeding
-from limbeck.tasks import glue, multiwoz_acts, topics, vader
+from limbeck.tasks import glue, labelled_texts
 
 _CHARACTERS = 12  # per token; texts have 4 to 6, so that no token is lost where a long text is cut
 T = TypeVar("T")
@@ -60,12 +60,12 @@ def examples(name: str) -> list[Example]:
 
 
 def _pairs(name: str) -> list[tuple[str, str]]:
-    if name == multiwoz_acts.NAME:
-        return multiwoz_acts.pairs()
-    if name in vader.FILES:
-        return vader.pairs(name)
-    if name in topics.FILES:
-        return topics.pairs(name)
+    if name == labelled_texts.ACTS:
+        return labelled_texts.acts()
+    if name in labelled_texts.OPINIONS:
+        return labelled_texts.opinions(name)
+    if name in labelled_texts.TOPICS:
+        return labelled_texts.topics(name)
     return _from_datasets(name)
 
 

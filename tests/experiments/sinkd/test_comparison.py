@@ -12,22 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import cells
 from limbeck import params, paths, records
-from limbeck.experiments.sinkd import (
-    comparison,
-    distill,
-    encoder,
-    table_ablation,
-    table_baselines,
-    table_divergences,
-    table_encoder,
-)
+from limbeck.experiments import runs
+from limbeck.experiments.sinkd import EXPERIMENTS, comparison, distillation
 from limbeck.tasks import classification
 
 ARMS = ("ce", "ce+kl", "ce+kl+kl", "ce+kl+sinkhorn", "ce+takd")
-TABLES = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (table_ablation, table_baselines, table_divergences, table_encoder)
-}
+TABLES = [name for name, module in EXPERIMENTS.items() if module == "comparison"]
 SEED = 100
 
 
@@ -40,22 +30,28 @@ def section(tiny_bert, tiny_texts, tmp_path_factory):
         (fewer / f"{split}.jsonl").write_text("\n".join(lines[: len(lines) * 3 // 5]))
     changes = {"tasks": (tiny_texts, str(fewer)), "students": ("first-2",), "arms": ARMS, "multiples": (1.0, 30.0)}
     changes |= {"assistant": "first-3", "selection_texts": 48, "selection_seed": SEED}
-    return cells.section(table_encoder, tiny_bert, **changes)
+    return cells.section("table_encoder", tiny_bert, **changes)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     """All records of that section with the selection's own seed, and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp("ran")
-    return cells.run_all(table_encoder, section, folder, (SEED,)), folder
+    return cells.run_all(comparison, section, folder, (SEED,)), folder
+
+
+def chosen_multiple(found, arm, student):
+    """The multiple with the highest mean validation score."""
+    where = {"phase": "selection", "arm": arm, "student": student}
+    return runs.best(found, where, "multiple", ["validation/score"], highest=[True])
 
 
 def names(section):
-    return [encoder.spelled(task) for task in section.tasks]
+    return [runs.spelled(task) for task in section.tasks]
 
 
 def cell_at(section, **coordinates):
-    found = table_encoder.cells(section, (SEED,))
+    found = comparison.cells(section, (SEED,))
     (cell,) = [cell for cell in found if coordinates.items() <= cell.coordinates.items()]
     return cell
 
@@ -78,7 +74,7 @@ def test_a_final_cell_at_the_selections_seed_and_texts_takes_the_steps_of_the_ch
     """So its weights, all of them, are those of the chosen records of its own task, at one multiple for both tasks."""
     found, _ = ran
     for arm in ARMS[1:]:
-        multiple = comparison.choose(found, arm, "first-2")
+        multiple = chosen_multiple(found, arm, "first-2")
         for task in names(section):
             chosen = cells.pick(found, phase="selection", arm=arm, task=task, multiple=multiple)
             final = cells.pick(found, phase="final", arm=arm, task=task)
@@ -99,13 +95,13 @@ def test_a_task_takes_the_multiple_that_is_best_over_all_tasks_and_not_its_own(s
         altered.append(run | {"metrics": run["metrics"] | {"validation/score": score}})
     chosen = cells.pick(found, phase="selection", arm="ce+kl", task=one, multiple=1.0)
     cell = cell_at(section, phase="final", arm="ce+kl", task=one)
-    assert cells.drive(table_encoder, section, cell, cells.place(folder, "altered", altered)).curve == chosen["curve"]
+    assert cells.drive(comparison, section, cell, cells.place(folder, "altered", altered)).curve == chosen["curve"]
 
 
 def test_the_selection_of_a_third_term_holds_kl_at_its_chosen_weight(section, ran):
     """At the first step all students are the same, so KL's part of the loss tells its weight."""
     found, _ = ran
-    multiple = comparison.choose(found, "ce+kl", "first-2")
+    multiple = chosen_multiple(found, "ce+kl", "first-2")
     for task in names(section):
         kl = cells.pick(found, phase="selection", arm="ce+kl", task=task, multiple=multiple)
         for tried in section.multiples:
@@ -124,14 +120,14 @@ def test_kl_named_twice_counts_with_the_sum_of_two_chosen_weights(section, ran):
 
 def test_the_assistant_is_deeper_and_its_kl_has_the_students_multiple_of_its_own_matched_weight(section, ran, tmp_path):
     found, folder = ran
-    multiple = comparison.choose(found, "ce+kl", "first-2")
+    multiple = chosen_multiple(found, "ce+kl", "first-2")
     for task, name in zip(section.tasks, names(section), strict=True):
         assistant = cells.pick(found, phase="assistant", task=name)
         assert assistant["trainable_parameters"] > cells.pick(found, arm="ce", task=name)["trainable_parameters"]
-        outputs = load_file(folder / distill.outputs_file(task))
+        outputs = load_file(folder / distillation.outputs_file(task))
         where = cells.place(tmp_path, "run")
-        run = distill.start(section, task, where, seed=section.teacher_seed, student=section.assistant)
-        expected = multiple * distill.matched(run, "kl", outputs)
+        run = distillation.start(section.setup, task, where, seed=0, student=section.assistant)
+        expected = multiple * distillation.gradient_matched_weight(run, "kl", outputs)
         assert assistant["metrics"]["loss/weight"] == pytest.approx(expected, rel=1e-9)
 
 
@@ -141,7 +137,7 @@ def test_takd_learns_from_the_assistants_logits_and_others_from_the_teachers(sec
     found = [run for run in found if run["cell"]["phase"] != "final"]
     task = names(section)[0]
     cell = cell_at(section, phase="final", arm=arm, task=task)
-    before = cells.drive(table_encoder, section, cell, cells.place(folder, "again", found)).curve
+    before = cells.drive(comparison, section, cell, cells.place(folder, "again", found)).curve
     shutil.rmtree(folder / "again")
     for source in ("teacher", "assistant"):
         changed = tmp_path / source
@@ -150,29 +146,29 @@ def test_takd_learns_from_the_assistants_logits_and_others_from_the_teachers(sec
         held = load_file(file)
         read = "train" if source == "teacher" else source
         save_file(held | {read: held[read].flip(0).contiguous()}, file)
-        after = cells.drive(table_encoder, section, cell, cells.place(changed, "run", found)).curve
+        after = cells.drive(comparison, section, cell, cells.place(changed, "run", found)).curve
         assert (after != before) == (source == reads), source
 
 
 def test_a_cell_run_twice_is_the_same_to_the_bit_whatever_the_global_generators_hold(section, ran, tmp_path):
     found, folder = ran
-    teacher, *_, final = table_encoder.cells(section, (SEED,))
+    teacher, *_, final = comparison.cells(section, (SEED,))
     earlier = [run for run in found if run["wave"] < final.wave]
     for cell, where in ((teacher, tmp_path), (final, folder)):
         torch.rand(11)
-        again = cells.drive(table_encoder, section, cell, cells.place(where, "twice", earlier))
+        again = cells.drive(comparison, section, cell, cells.place(where, "twice", earlier))
         assert vars(again).items() <= cells.pick(found, **cell.coordinates).items()
     (file,) = teacher.checkpoint_files
     assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
     other = dataclasses.replace(final, coordinates=final.coordinates | {"seed": SEED + 1})
-    assert cells.drive(table_encoder, section, other, cells.place(folder, "other", earlier)).curve != again.curve
+    assert cells.drive(comparison, section, other, cells.place(folder, "other", earlier)).curve != again.curve
 
 
 @pytest.fixture
 def watched(section, ran):
     """The same section with its students watched, a cell of it, and a place for it by name."""
     found, folder = ran
-    section = dataclasses.replace(section, watch=True)
+    section = cells.changed(section, watch=True)
     cell = cell_at(section, phase="final", arm="ce+kl+sinkhorn", task=names(section)[0])
     earlier = [run for run in found if run["wave"] < cell.wave]
     return section, cell, lambda name: cells.place(folder, name, earlier)
@@ -180,17 +176,17 @@ def watched(section, ran):
 
 def test_an_interrupted_cell_goes_on_to_the_same_bits_with_what_was_watched(watched):
     section, cell, place = watched
-    whole = cells.drive(table_encoder, section, cell, place("whole"))
-    assert cells.drive(table_encoder, section, cell, place("cut"), kill_at=3) is None
+    whole = cells.drive(comparison, section, cell, place("whole"))
+    assert cells.drive(comparison, section, cell, place("cut"), kill_at=3) is None
     assert place("cut").state.is_file()
     torch.rand(7)
-    assert cells.drive(table_encoder, section, cell, place("cut")) == whole
+    assert cells.drive(comparison, section, cell, place("cut")) == whole
     assert len(whole.curve["validation/score"]) == 3
 
 
 def test_a_watched_student_takes_the_same_steps_and_ends_at_its_test_score(watched, ran):
     section, cell, place = watched
-    watched = cells.drive(table_encoder, section, cell, place("watched"))
+    watched = cells.drive(comparison, section, cell, place("watched"))
     plain = cells.pick(ran[0], **cell.coordinates)
     seen = {name: curve for name, curve in watched.curve.items() if not name.endswith("/score")}
     assert seen == plain["curve"]
@@ -212,7 +208,6 @@ def test_optimism_is_the_best_validation_score_minus_the_test_score_of_its_last_
         "test/at_best": 0.625,
         "validation/optimism": 0.125,
     }
-    assert comparison._optimism({"loss/ce": [1.0]}) == {}
 
 
 def test_the_choice_is_the_best_mean_over_tasks_of_a_student_and_of_equals_the_smallest_multiple():
@@ -231,38 +226,38 @@ def test_the_choice_is_the_best_mean_over_tasks_of_a_student_and_of_equals_the_s
         for multiple, score in tried.items()
     ]
     found += [{"cell": {"phase": "final", "arm": "ce+kl", "student": "first-2", "seed": 0}, "metrics": {}}]
-    assert comparison.choose(found, "ce+kl", "first-2") == 1.0
-    assert comparison.choose(found, "ce+kl", "random-2") == 0.25
-    assert comparison.choose(found, "ce+kl+kl", "first-2") == 10.0
+    assert chosen_multiple(found, "ce+kl", "first-2") == 1.0
+    assert chosen_multiple(found, "ce+kl", "random-2") == 0.25
+    assert chosen_multiple(found, "ce+kl+kl", "first-2") == 10.0
 
 
 def test_terms_are_chosen_in_their_order_and_takd_after_its_assistant():
-    assert comparison.steps_of(["ce"]) == []
-    assert comparison.steps_of(["ce", "ce+kl+sinkhorn", "ce+rkl"]) == ["ce+kl", "ce+kl+sinkhorn", "ce+rkl"]
-    assert comparison.steps_of(["ce+takd"]) == ["ce+kl", "ce+takd"]
-    assert comparison.steps_of(["ce+kl+kl"]) == ["ce+kl", "ce+kl+kl"]
+    assert comparison.searched_arms(["ce"]) == []
+    assert comparison.searched_arms(["ce", "ce+kl+sinkhorn", "ce+rkl"]) == ["ce+kl", "ce+kl+sinkhorn", "ce+rkl"]
+    assert comparison.searched_arms(["ce+takd"]) == ["ce+kl", "ce+takd"]
+    assert comparison.searched_arms(["ce+kl+kl"]) == ["ce+kl", "ce+kl+kl"]
 
 
 def by_name(section, seeds=(0,)):
-    found = table_encoder.cells(section, seeds)
+    found = comparison.cells(section, seeds)
     named = {records.cell_name(cell.coordinates): cell for cell in found}
     assert len(named) == len(found), "two cells have one record"
     return named
 
 
 def test_a_seed_changes_no_other_cell_and_the_grid_and_the_tasks_only_what_was_chosen_from_them(section):
-    section = dataclasses.replace(section, students=("first-2", "random-1"))
+    section = cells.changed(section, students=("first-2", "random-1"))
     one, two = by_name(section), by_name(section, (0, 1))
     assert one == {name: two[name] for name in one}
     assert {cell.coordinates["seed"] for name, cell in two.items() if name not in one} == {1}
     later = {name for name, cell in one.items() if cell.wave > 1}
     for change in ({"multiples": (1.0, 30.0, 90.0)}, {"tasks": (*section.tasks, "vader_tweets")}):
-        more = by_name(dataclasses.replace(section, **change))
+        more = by_name(cells.changed(section, **change))
         assert {name for name in one if more[name] != one[name]} == later
     for change in ({"arms": (*ARMS, "ce+js")}, {"students": (*section.students, "first-1")}):
-        more = by_name(dataclasses.replace(section, **change))
+        more = by_name(cells.changed(section, **change))
         assert one == {name: more[name] for name in one}
-    shorter = by_name(dataclasses.replace(section, longest=9))
+    shorter = by_name(cells.changed(section, longest=9))
     assert not [name for name in one if shorter[name] == one[name]]
 
 
@@ -276,7 +271,7 @@ def test_every_committed_cell_comes_after_all_that_it_reads(name, profile):
 
 def test_every_cell_of_long_arms_and_of_assisted_ones_comes_after_all_that_it_reads(section):
     for arms in (("ce+kl+rkl+js+tvd+l1", "ce+rkl"), ("ce+takd+kl", "ce+kl+takd+js", "ce+kl+rkl+js"), ("ce+takd",)):
-        comes_after_all_that_it_reads(dataclasses.replace(section, arms=arms))
+        comes_after_all_that_it_reads(cells.changed(section, arms=arms))
 
 
 def comes_after_all_that_it_reads(section):
@@ -292,7 +287,7 @@ def comes_after_all_that_it_reads(section):
         chain = arm.split("+")
         chooser = section.students[0] if phase == "assistant" else student
         for depth in range(2, len(chain) + (phase != "selection")):
-            for other in map(encoder.spelled, section.tasks):
+            for other in map(runs.spelled, section.tasks):
                 assert turns["selection", other, chooser, "+".join(chain[:depth])] < turn
         if "takd" in chain:
             assert turns["assistant", task, section.assistant, "ce+kl"] < turn
@@ -302,7 +297,7 @@ def test_the_checksums_of_the_assets_are_part_of_what_a_cell_depends_on():
     section = params.load("sinkd", "table_encoder", "default", comparison.Params)
     manifest = yaml.safe_load((paths.DATA / "assets.yaml").read_text())
     behind = {"multiwoz_acts": "multiwoz_acts", "r52": "topics", "20ng": "topics", "vader_movie": "vader"}
-    for cell in table_encoder.cells(section, (0,)):
+    for cell in comparison.cells(section, (0,)):
         if asset := behind.get(cell.coordinates["task"]):
             read = ("minilm", asset) if cell.wave < 2 else {"minilm", "vader", *behind.values()}
             assert set(cell.inputs["assets"]) == {manifest[name]["sha256"] for name in read}
@@ -319,7 +314,7 @@ def test_the_checksums_of_the_assets_are_part_of_what_a_cell_depends_on():
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc"])
@@ -333,13 +328,13 @@ def test_the_paper_profile_runs_on_data_with_glues_columns(task, tiny_bert, tmp_
         file = tmp_path / "glue" / task / f"{split}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(json.dumps(row | {"idx": i}) for i, row in enumerate(rows)))
-    committed = params.load("sinkd", "table_encoder", "paper", table_encoder.Params)
+    committed = params.load("sinkd", "table_encoder", "paper", comparison.Params)
     small = cells.SMALL | {"split_sizes": (-1, 8, -1), "selection_texts": 16, "multiples": (1.0,)}
     names = {"model": tiny_bert, "tasks": (f"glue/{task}@{tmp_path / 'glue'}",), "students": ("first-2",)}
-    section = dataclasses.replace(committed, **small | names)
-    found = cells.run_all(table_encoder, section, tmp_path)
+    section = cells.changed(committed, **small | names)
+    found = cells.run_all(comparison, section, tmp_path)
     assert [run["cell"]["phase"] for run in found] == ["teacher", "selection", "selection", "final", "final", "final"]
-    outputs = distill.load_outputs(cells.place(tmp_path, "x"), found[0]["checkpoint_files"][0])
+    outputs = load_file(tmp_path / found[0]["checkpoint_files"][0])
     assert [len(outputs[split]) for split in ("train", "validation", "test")] == [32, 8, 16]
     right = [example.label == "1" for example in classification.splits(section.tasks[0], (-1, 8, -1), seed=0)[2]]
     said = outputs["test"].argmax(-1).bool().tolist()

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +8,12 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 import cells
 from limbeck import params
 from limbeck.evaluation.answers import Question
-from limbeck.experiments.sinkd import generation, generation_cells, table_decoder, table_encoder_decoder
-from limbeck.experiments.sinkd.generation_cells import TEACHER
+from limbeck.experiments.sinkd import decoder, generation
+from limbeck.experiments.sinkd.generation import TEACHER
 from limbeck.models import language
 from limbeck.training import supervised
 
-TABLES = {"table_decoder": table_decoder, "table_encoder_decoder": table_encoder_decoder}
+TABLES = {"table_decoder": decoder, "table_encoder_decoder": generation}
 
 
 @pytest.fixture(scope="session")
@@ -34,13 +33,18 @@ def table(request, texts):
     """An experiment, and its smoke section on texts from a folder, as a hub name would be used."""
     module = TABLES[request.param]
     section = params.load("sinkd", request.param, "smoke", module.Params)
-    return module, dataclasses.replace(section, data=texts, longest=12, batch_size=8)
+    return module, cells.changed(section, data=texts, longest=12, batch_size=8)
+
+
+def shared(section):
+    """What both experiments have in their sections."""
+    return getattr(section, "generation", section)
 
 
 def test_the_whole_experiment_runs_and_every_arm_takes_its_chosen_weights(table, tmp_path):
     module, section = table
     found = cells.run_all(module, section, tmp_path)
-    added = len(section.arms) - 1
+    section, added = shared(section), len(shared(section).arms) - 1
     assert len(found) == 1 + added * len(section.multiples) + len(section.arms)
     assert (tmp_path / TEACHER).is_file()
     for run in found:
@@ -61,7 +65,7 @@ def test_the_whole_experiment_runs_and_every_arm_takes_its_chosen_weights(table,
 
 def test_a_killed_cell_goes_on_to_the_same_bits(table, tmp_path):
     module, section = table
-    section = dataclasses.replace(section, save_every=2)
+    section = cells.changed(section, save_every=2)
     teacher, *_ = every = module.cells(section, (0,))
     whole = cells.drive(module, section, teacher, cells.place(tmp_path, "whole"))
     bits = (tmp_path / TEACHER).read_bytes()
@@ -78,15 +82,16 @@ def test_a_killed_cell_goes_on_to_the_same_bits(table, tmp_path):
 def test_terms_are_selected_one_after_another_and_a_seed_changes_no_other_cell(table):
     module, section = table
 
-    def cells(section, seeds):
+    def by_name(section, seeds):
         return {json.dumps(cell.coordinates): cell for cell in module.cells(section, seeds)}
 
-    one, two = cells(section, (0,)), cells(section, (0, 1))
+    one, two = by_name(section, (0,)), by_name(section, (0, 1))
     assert one == {name: two[name] for name in one}
-    turns = {0: {"teacher"}, 1: {"ce+kl"}, 2: set(section.arms) - {"ce", "ce+kl"}, 3: set(section.arms)}
-    for turn, arms in turns.items():
-        assert {cell.coordinates["arm"] for cell in one.values() if cell.wave == turn} == arms
-    wider = cells(dataclasses.replace(section, multiples=(*section.multiples, 9.0)), (0,))
+    arms = set(shared(section).arms)
+    turns = {0: {"teacher"}, 1: {"ce+kl"}, 2: arms - {"ce", "ce+kl"}, 3: arms}
+    for turn, ran in turns.items():
+        assert {cell.coordinates["arm"] for cell in one.values() if cell.wave == turn} == ran
+    wider = by_name(cells.changed(section, multiples=(*shared(section).multiples, 9.0)), (0,))
     assert {name for name in one if wider[name] != one[name]} == {n for n, cell in one.items() if cell.wave > 1}
 
 
@@ -103,7 +108,7 @@ def test_terms_are_selected_one_after_another_and_a_seed_changes_no_other_cell(t
 )
 def test_a_section_that_cannot_be_run_is_refused(table, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(table[1], **change)
+        cells.changed(table[1], **change)
 
 
 def test_the_choice_is_the_best_on_validation_and_of_equals_the_smallest_multiple():
@@ -116,31 +121,32 @@ def test_the_choice_is_the_best_on_validation_and_of_equals_the_smallest_multipl
         for phase, arm, bonus in (("selection", "ce+kl", 0), ("selection", "ce+kl+sinkhorn_answer", 0.2))
         for multiple, score in scores.items()
     ]
-    assert generation_cells.chosen(found, "ce+kl") == {"kl": 10.0}
+    assert generation.chosen_weights(found, "ce+kl") == {"kl": 10.0}
 
 
 @pytest.fixture
 def run(table, tmp_path):
     """A student in training whose answers have one, two and three tokens, and what a teacher left for it."""
-    module, section = table
+    module, section = table[0], shared(table[1])
     tokenizer = language.load_tokenizer(section.teacher, list("abcdefgh") * 2)
     questions = [Question((3, 4, 5), ((6,), (7, 8), (8, 9, 10)), row % 3) for row in range(6)]
-    model = language.load("t5-1x16" if module is table_encoder_decoder else "llama-1x16", tokenizer, seed=0)
+    model = language.load("t5-1x16" if module is generation else "llama-1x16", tokenizer, seed=0)
     source = torch.Generator().manual_seed(0)
     taught = {
         "states": torch.randn(6, 3, 16, generator=source),
         "head.weight": torch.randn(len(tokenizer), 16, generator=source),
     }
-    return generation.Run(model, {"train": questions}, section, cells.place(tmp_path, "run")), taught
+    where = cells.place(tmp_path, "run")
+    return generation.LanguageRun(model, [], section.loop, where, {"train": questions}, section), taught
 
 
-EVERY = ["kl", *generation_cells.FORMS]
+EVERY = ["kl", *generation.FORMS]
 
 
 @pytest.mark.parametrize("rows", [[0, 3], [1, 4], [0, 1, 2]], ids=["one token", "two tokens", "mixed"])
 def test_every_term_has_a_gradient_whether_answers_have_one_token_or_more(run, rows):
     run, taught = run
-    for name, value in generation._terms(run, taught, torch.tensor(rows), EVERY).items():
+    for name, value in run.terms(torch.tensor(rows), EVERY, taught).items():
         assert value.isfinite()
         assert supervised.gradient_norm(run.parameters, value) > 0, name
 
@@ -151,8 +157,8 @@ def test_what_the_teacher_left_behind_the_end_of_an_answer_enters_no_term(run):
     spoilt = taught["states"].clone()
     for row, question in enumerate(run.data["train"]):
         spoilt[row, len(question.right) :] = torch.nan
-    clean = generation._terms(run, taught, rows, EVERY)
-    dirty = generation._terms(run, taught | {"states": spoilt}, rows, EVERY)
+    clean = run.terms(rows, EVERY, taught)
+    dirty = run.terms(rows, EVERY, taught | {"states": spoilt})
     for name in clean:
         assert torch.equal(clean[name], dirty[name]), name
         norms = [supervised.gradient_norm(run.parameters, terms[name]) for terms in (clean, dirty)]
@@ -164,26 +170,27 @@ def test_cross_entropy_is_the_mean_over_all_tokens_of_the_right_answers_and_no_p
     rows = torch.arange(6)
     sums = []
     for row, question in zip(rows, run.data["train"], strict=True):
-        sums.append(len(question.right) * generation._terms(run, taught, row[None], [])["ce"])
+        sums.append(len(question.right) * run.terms(row[None], [], taught)["ce"])
     expected = sum(sums) / sum(len(question.right) for question in run.data["train"])
-    torch.testing.assert_close(generation._terms(run, taught, rows, [])["ce"], expected)
+    torch.testing.assert_close(run.terms(rows, [], taught)["ce"], expected)
 
 
 @pytest.mark.parametrize("term", EVERY)
 def test_the_matched_weight_makes_both_gradients_equally_long(run, term):
     run, taught = run
     rows = torch.arange(6)
-    weight = generation._matched(run, taught, term, [rows])
-    terms = generation._terms(run, taught, rows, [term])
+    run.batches = [rows]
+    weight = run.gradient_matched_weight(lambda rows: run.terms(rows, [term], taught))
+    terms = run.terms(rows, [term], taught)
     norm = supervised.gradient_norm(run.parameters, weight * terms[term])
     assert norm == pytest.approx(supervised.gradient_norm(run.parameters, terms["ce"]), rel=1e-5)
 
 
 def test_the_first_layers_of_a_teacher_start_alike_for_every_seed_and_keep_its_head():
-    section = params.load("sinkd", "table_decoder", "smoke", table_decoder.Params)
+    section = params.load("sinkd", "table_decoder", "smoke", decoder.Params).generation
     tokenizer = language.load_tokenizer(section.teacher, ["a a"])
-    teacher = language.load(section.teacher, tokenizer, seed=section.teacher_seed)
-    student = table_decoder._student(section, tokenizer)
+    teacher = language.load(section.teacher, tokenizer, seed=section.loop.teacher_seed)
+    student = decoder.student_at_start(section, tokenizer)
     assert student.config.num_hidden_layers == 2
     assert torch.equal(student.lm_head.weight, teacher.lm_head.weight)
     assert not student.lm_head.weight.requires_grad
@@ -236,6 +243,6 @@ def test_the_papers_architectures_run_from_folders_on_a_data_set_like_superglue(
     small |= {"split_sizes": (16, 8, 8), "teacher_epochs": 1, "epochs": 1, "multiples": (1.0,), "selection_texts": 8}
     if name == "table_decoder":
         small["teacher_trained_layers"] = 1
-    found = cells.run_all(module, dataclasses.replace(committed, **small), tmp_path / "runs")
-    assert len(found) == 2 * len(committed.arms)
+    found = cells.run_all(module, cells.changed(committed, **small), tmp_path / "runs")
+    assert len(found) == 2 * len(shared(committed).arms)
     assert all("test/accuracy" in run["metrics"] for run in found if run["cell"]["phase"] == "final")

@@ -6,15 +6,13 @@ setting, times a fixed multiple. So an axis shows the shape of the term, and the
 that of the optimiser.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from limbeck import assets
 from limbeck.experiments.runs import Cell, Workspace
-from limbeck.experiments.sinkd import distill, encoder, terms
-from limbeck.params import one_of, positive
+from limbeck.experiments.sinkd import arms, distillation
+from limbeck.params import flat, one_of, positive
 
 AXES = ("epsilon", "iterations", "temperature", "group", "p", "strength")
 CENTRE = "centre"
@@ -22,9 +20,10 @@ _NOT_INPUTS = ("arms", *(f"{axis}_values" for axis in AXES))
 
 
 @dataclass(frozen=True)
-class Params(encoder.Section):
+class Params:
     """The section of params/sinkd.yaml; sources stand there."""
 
+    setup: distillation.Setup
     task: str
     student: str
     arms: tuple[str, ...]
@@ -38,11 +37,10 @@ class Params(encoder.Section):
     strength_values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Check what no type can."""
-        super().__post_init__()
-        encoder.layers_of(self.student)
+        distillation.layers_of(self.student)
         for arm in self.arms:
-            terms.added(arm)
+            arms.added(arm)
+        positive(kl_strength=self.kl_strength, strength=self.strength)
         for axis in AXES:
             for value in getattr(self, f"{axis}_values"):
                 positive(**{axis: value})
@@ -50,38 +48,39 @@ class Params(encoder.Section):
             one_of("p", p, (1, 2))
 
 
-def cells(params: Params, seeds: Sequence[int]) -> list[Cell]:
+def cells(section: Params, seeds: Sequence[int]) -> list[Cell]:
     """The teacher, then every setting by seed; arms without transport are run at the centre alone."""
-    names = {field.name for field in dataclasses.fields(Params)} - set(_NOT_INPUTS)
-    inputs = {name: getattr(params, name) for name in sorted(names)}
-    inputs |= {"assets": assets.checksums(params.model, params.task)}
-    teacher = {"axis": "teacher", "value": 0, "arm": "teacher", "seed": params.teacher_seed}
-    found = [Cell(teacher, inputs, (distill.outputs_file(params.task),))]
-    for seed in seeds:
-        for arm in params.arms:
-            found.append(Cell({"axis": CENTRE, "value": 0, "arm": arm, "seed": seed}, inputs, wave=1))
-            if set(terms.added(arm)) & set(terms.BATCH_WISE):
-                found += [
-                    Cell({"axis": axis, "value": value, "arm": arm, "seed": seed}, inputs, wave=1)
-                    for axis in AXES
-                    for value in getattr(params, f"{axis}_values")
-                    if value != getattr(params, axis)
-                ]
-    return found
-
-
-def run(cell: Cell, params: Params, place: Workspace) -> distill.Steps:
-    """Train and score one setting; yields once a step."""
-    at: dict[str, Any] = cell.coordinates
-    if at["axis"] == "teacher":
-        return (yield from distill.train_teacher(params, params.task, place))
-    section = params if at["axis"] == CENTRE else dataclasses.replace(params, **{at["axis"]: at["value"]})
-    student = distill.start(section, params.task, place, seed=at["seed"], student=params.student)
-    outputs = distill.load_outputs(place, distill.outputs_file(params.task))
-    weights = [
-        distill.matched(student, name, outputs) * (section.kl_strength if name == "kl" else section.strength)
-        for name in terms.added(at["arm"])
+    values = flat(section)
+    inputs = {name: value for name, value in values.items() if name not in _NOT_INPUTS}
+    inputs |= {"assets": assets.checksums(section.setup.model, section.task)}
+    teacher = {"axis": "teacher", "value": 0, "arm": "teacher", "seed": section.setup.loop.teacher_seed}
+    settings = [(axis, value) for axis in AXES for value in values[f"{axis}_values"] if value != values[axis]]
+    return [Cell(teacher, inputs, (distillation.outputs_file(section.task),))] + [
+        Cell({"axis": axis, "value": value, "arm": arm, "seed": seed}, inputs, wave=1)
+        for seed in seeds
+        for arm in section.arms
+        for axis, value in [(CENTRE, 0), *(settings if set(arms.added(arm)) & set(arms.BATCH_WISE) else ())]
     ]
-    curve = yield from student.fit(distill.taught(student, at["arm"], weights, outputs), section.learning_rate)
-    metrics = student.scores("test", outputs) | {"loss/weight": weights[-1] if weights else 0.0}
+
+
+def run(cell: Cell, section: Params, workspace: Workspace) -> distillation.Steps:
+    """Train and score one setting; yields once a step."""
+    axis, value, arm, seed = (cell.coordinates[name] for name in ("axis", "value", "arm", "seed"))
+    setup, strength = section.setup, section.strength
+    if axis == "teacher":
+        return (yield from distillation.train_teacher(setup, section.task, workspace))
+    if axis == "strength":
+        strength = value
+    elif axis != CENTRE:
+        setup = replace(setup, terms=replace(setup.terms, **{axis: value}))
+    student = distillation.start(setup, section.task, workspace, seed=seed, student=section.student)
+    teacher = distillation.read_outputs(workspace, section.task)
+    weights = [
+        distillation.gradient_matched_weight(student, name, teacher)
+        * (section.kl_strength if name == "kl" else strength)
+        for name in arms.added(arm)
+    ]
+    loss = distillation.distillation_loss(student, arm, weights, teacher)
+    curve = yield from student.fit(loss, setup.loop.learning_rate)
+    metrics = student.scores("test", teacher) | {"loss/weight": weights[-1] if weights else 0.0}
     return student.result(metrics, curve)

@@ -17,7 +17,7 @@ from geomloss import SamplesLoss
 from torch import Tensor
 
 from limbeck import measurements, models, params, seeding
-from limbeck.experiments.sinkd import encoder, table_encoder, terms
+from limbeck.experiments.sinkd import arms, comparison, distillation
 from limbeck.losses import divergence, manhattan, transport
 
 SHAPES = {"smoke": ((8, 3),), "bench": ((32, 3), (32, 17), (256, 1000), (32, 30522), (256, 8000))}
@@ -27,7 +27,7 @@ THREADS, FEW, TOKENS = 2, 17, 16
 
 
 def measure(profile: str) -> pd.DataFrame:
-    """One row a shape, loss and round, each with its seconds, their ratio to KL's, and the share of a training step
+    """One row per shape, loss and round, each with its seconds, their ratio to KL's, and the share of a training step
     that it takes beyond KL (where a step was timed); ratio and share are within the round.
     """
     threads = torch.get_num_threads()
@@ -42,24 +42,24 @@ def _rows(batch: int, classes: int, rounds: int) -> list[dict[str, float | int |
     calls = losses(batch, classes) | ({"step": step(batch, classes)} if classes <= FEW else {})
     seconds = measurements.alternate(calls, rounds=rounds)
     rows = []
-    for name, found in seconds.items():
-        for index, (spent, kl) in enumerate(zip(found, seconds["kl"], strict=True)):
+    for name, rounds_of_loss in seconds.items():
+        for index, (loss, kl) in enumerate(zip(rounds_of_loss, seconds["kl"], strict=True)):
             row = {"batch": batch, "classes": classes, "loss": name, "round": index}
-            row |= {"bench/seconds": spent, "bench/ratio": spent / kl}
+            row |= {"bench/seconds": loss, "bench/ratio": loss / kl}
             if "step" in seconds:
-                row["bench/share"] = (spent - kl) / seconds["step"][index]
+                row["bench/share"] = (loss - kl) / seconds["step"][index]
             rows.append(row)
     return rows
 
 
 def step(batch: int, classes: int) -> Callable[[], object]:
     """Forward and backward of cross-entropy through `table_encoder`'s student on texts of the median length."""
-    section = params.load("sinkd", "table_encoder", "default", table_encoder.Params)
-    student = encoder.pretrained(section, classes, 0, section.students[0])
+    section = params.load("sinkd", "table_encoder", "default", comparison.Params)
+    student = distillation.pretrained(section.setup.model, classes=classes, seed=0, student=section.students[0])
     weights = list(models.trainable(student).values())
     ids = torch.arange(1000, 1000 + batch * TOKENS).reshape(batch, TOKENS)
     labels = torch.arange(batch) % classes
-    return lambda: torch.autograd.grad(terms.cross_entropy(student(ids).logits, labels), weights, allow_unused=True)
+    return lambda: torch.autograd.grad(arms.cross_entropy(student(ids).logits, labels), weights, allow_unused=True)
 
 
 def losses(batch: int, classes: int) -> dict[str, Callable[[], Tensor]]:

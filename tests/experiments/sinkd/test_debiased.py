@@ -1,14 +1,12 @@
 """The entropic bias: where the student's scale is at the loss's minimum, and the sweep's cells beside it."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 
 import cells
 from limbeck import params, seeding
-from limbeck.experiments.sinkd import fig_debiased, sweep
+from limbeck.experiments.sinkd import debiased, sweep
 from reference import transport
 
 SCALES = (0.05, 0.5, 0.9, 1.0, 1.1, 2.0)
@@ -16,9 +14,9 @@ SCALES = (0.05, 0.5, 0.9, 1.0, 1.1, 2.0)
 
 @pytest.fixture(scope="module")
 def section():
-    committed = params.load("sinkd", "fig_debiased", "smoke", fig_debiased.Params)
+    committed = params.load("sinkd", "fig_debiased", "smoke", debiased.Params)
     changes = {"collapse_scales": SCALES, "collapse_draws": 3, "collapse_epsilons": (0.01, 10.0)}
-    return dataclasses.replace(committed, **changes)
+    return cells.changed(committed, **changes)
 
 
 @pytest.fixture
@@ -27,10 +25,10 @@ def minimisers(tmp_path):
 
     def minimisers(section, epsilon, arm):
         at = {"axis": "collapse", "value": epsilon, "arm": arm}
-        (cell,) = [cell for cell in fig_debiased.cells(section, (0,)) if cell.coordinates == at]
+        (cell,) = [cell for cell in debiased.cells(section, (0,)) if cell.coordinates == at]
         where = cells.place(tmp_path, "collapse")
-        found = cells.drive(fig_debiased, section, cell, where).metrics["collapse/minimiser"]
-        return list(fig_debiased.run(cell, section, where)), found
+        found = cells.drive(debiased, section, cell, where).metrics["collapse/minimiser"]
+        return list(debiased.run(cell, section, where)), found
 
     return minimisers
 
@@ -52,23 +50,25 @@ def test_the_raw_distance_is_smallest_at_the_teacher_for_a_small_epsilon_and_at_
 def test_the_minimiser_is_that_of_the_twin_on_the_same_logits(section, minimisers):
     """At an epsilon at which it lies inside the grid, and at the temperature of the section."""
     scales = tuple(step / 10 for step in range(1, 21))
-    section = dataclasses.replace(section, collapse_epsilons=(1.1,), collapse_scales=scales)
+    section = cells.changed(section, collapse_epsilons=(1.1,), collapse_scales=scales)
     expected = []
     for draw in range(section.collapse_draws):
         shape = section.collapse_batch, section.collapse_classes
         logits = torch.randn(shape, generator=seeding.generator(draw, "collapse"), dtype=torch.float64)
-        logits *= section.collapse_deviation / section.temperature
+        logits *= section.collapse_deviation / section.sweep.setup.terms.temperature
         teacher, *students = ((scale * logits).softmax(-1).numpy() for scale in (1.0, *scales))
-        values = [transport.distance(student, teacher, 1.1, section.iterations) for student in students]
+        values = [
+            transport.distance(student, teacher, 1.1, section.sweep.setup.terms.iterations) for student in students
+        ]
         expected.append(scales[int(np.argmin(values))])
     assert minimisers(section, 1.1, "sinkhorn")[1] == expected
     assert all(0.1 < scale < 1 for scale in expected)
 
 
 def test_the_other_cells_are_those_of_the_sweep_on_the_axis_epsilon(section):
-    found = fig_debiased.cells(section, (0, 1))
+    found = debiased.cells(section, (0, 1))
     trained = [cell for cell in found if cell.coordinates["axis"] != "collapse"]
-    assert trained == sweep.cells(section, (0, 1))
+    assert trained == sweep.cells(section.sweep, (0, 1))
     assert len(found) - len(trained) == 2 * len(section.collapse_epsilons)
     arms = {cell.coordinates["arm"] for cell in trained if cell.coordinates["axis"] == "epsilon"}
     assert arms == {"ce+sinkhorn", "ce+debiased"}
@@ -76,10 +76,11 @@ def test_the_other_cells_are_those_of_the_sweep_on_the_axis_epsilon(section):
 
 
 def test_a_cell_of_the_sweep_is_run_as_the_sweep_runs_it(section, tiny_bert, tiny_texts, tmp_path):
-    section = dataclasses.replace(section, model=tiny_bert, task=tiny_texts, **cells.SMALL)
-    teacher, *_, cell = sweep.cells(section, (0,))
+    section = cells.changed(section, model=tiny_bert, task=tiny_texts, **cells.SMALL)
+    teacher, *_, cell = sweep.cells(section.sweep, (0,))
     assert cell.coordinates == {"axis": "epsilon", "value": 10.0, "arm": "ce+debiased", "seed": 0}
-    cells.drive(fig_debiased, section, teacher, cells.place(tmp_path, "teacher"))
-    ours, theirs = (cells.drive(m, section, cell, cells.place(tmp_path, m.__name__)) for m in (fig_debiased, sweep))
+    cells.drive(debiased, section, teacher, cells.place(tmp_path, "teacher"))
+    ours = cells.drive(debiased, section, cell, cells.place(tmp_path, "ours"))
+    theirs = cells.drive(sweep, section.sweep, cell, cells.place(tmp_path, "theirs"))
     assert ours == theirs
     assert 0 <= ours.metrics["test/score"] <= 1

@@ -4,25 +4,25 @@ import pytest
 import torch
 
 import cells
-from limbeck.experiments.sinkd import distill, fig_permutation
+from limbeck.experiments.sinkd import distillation, permutation
 
 
 @pytest.fixture(scope="module")
 def section(tiny_bert, tiny_texts):
-    return cells.section(fig_permutation, tiny_bert, task=tiny_texts)
+    return cells.section("fig_permutation", tiny_bert, task=tiny_texts)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ran")
-    return cells.run_all(fig_permutation, section, folder, (0, 1)), folder
+    return cells.run_all(permutation, section, folder, (0, 1)), folder
 
 
 def test_every_arm_learns_from_its_own_rows_and_from_moved_ones(section, ran):
     found, _ = ran
     arms = [(run["cell"]["arm"], run["cell"]["rows"], run["cell"]["seed"]) for run in found]
     students = [(arm, rows, seed) for seed in (0, 1) for arm in section.arms for rows in ("own", "moved")]
-    assert arms == [("teacher", "own", section.teacher_seed), *students]
+    assert arms == [("teacher", "own", section.setup.loop.teacher_seed), *students]
     for run in found[1:]:
         assert set(run["curve"]) == {f"loss/{run['cell']['arm']}", "optimiser/gradient_norm"}, "no labels"
         assert set(run["metrics"]) == {"test/score", "test/agreement"}
@@ -33,11 +33,11 @@ def test_moved_rows_change_the_loss_and_gradient_of_kl_and_l1_and_not_those_of_s
     section, ran, arm, notices, tmp_path
 ):
     """Within a batch the distance sums the same numbers in another order: float32 rounding is all that is left."""
-    run = distill.start(section, section.task, cells.place(tmp_path, "run"), seed=0, student=section.student)
-    outputs = distill.load_outputs(cells.place(ran[1], "run"), distill.outputs_file(section.task))
+    run = distillation.start(section.setup, section.task, cells.place(tmp_path, "run"), seed=0, student=section.student)
+    outputs = distillation.read_outputs(cells.place(ran[1], "run"), section.task)
     rows, parts = torch.arange(13), []
-    for moved in fig_permutation.ROWS.values():
-        value = distill.taught(run, arm, [1.0], outputs, moved=moved)(rows)[f"loss/{arm}"]
+    for moved in permutation.ROWS.values():
+        value = distillation.distillation_loss(run, arm, [1.0], outputs, moved=moved)(rows)[f"loss/{arm}"]
         gradients = torch.autograd.grad(value, list(run.parameters.values()))
         parts.append((value, torch.cat([part.flatten() for part in gradients])))
     (own, own_gradient), (other, other_gradient) = parts
@@ -50,13 +50,13 @@ def test_moved_rows_change_the_loss_and_gradient_of_kl_and_l1_and_not_those_of_s
 
 
 def test_a_moved_row_is_shown_the_outputs_of_the_row_before_it_in_the_batch(section, ran, tmp_path):
-    run = distill.start(section, section.task, cells.place(tmp_path, "run"), seed=0, student=section.student)
-    outputs = distill.load_outputs(cells.place(ran[1], "run"), distill.outputs_file(section.task))
+    run = distillation.start(section.setup, section.task, cells.place(tmp_path, "run"), seed=0, student=section.student)
+    outputs = distillation.read_outputs(cells.place(ran[1], "run"), section.task)
     rows = torch.tensor([7, 3, 11, 20])
     shifted = outputs["train"].clone()
     shifted[rows] = outputs["train"][[20, 7, 3, 11]]
-    moved = distill.taught(run, "kl", [1.0], outputs, moved=1)(rows)
-    assert moved == distill.taught(run, "kl", [1.0], outputs | {"train": shifted})(rows)
+    moved = distillation.distillation_loss(run, "kl", [1.0], outputs, moved=1)(rows)
+    assert moved == distillation.distillation_loss(run, "kl", [1.0], outputs | {"train": shifted})(rows)
 
 
 def test_students_of_own_and_moved_rows_start_alike_and_part_only_if_the_loss_sees_the_order(section, ran):

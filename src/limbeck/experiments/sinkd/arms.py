@@ -6,15 +6,15 @@ third term. Two terms are one quantity at two temperatures: total variation is h
 control at the temperature of `sinkhorn`, and `l1` is the released sample-wise term, which leaves temperature out.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from limbeck.evaluation.classifier import Outputs
-from limbeck.losses import baselines, divergence, transport
-from limbeck.training import supervised
+from limbeck.losses import baselines, divergence, sinkd, transport
+from limbeck.params import positive
 
 ASSISTED = "takd"  # reads the logits of an assistant instead of the teacher's
 DIVERGENCES = {  # with the temperature that each has in the parameters
@@ -31,6 +31,24 @@ NAMES = (*DIVERGENCES, "l1", *SAMPLE_WISE, *BATCH_WISE, "dkd", *OF_STATES)
 Term = Callable[[Outputs, Outputs, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Terms:
+    """The options of every term: `temperature` of all but KL and `l1`, `group` of the batch-wise ones."""
+
+    kl_temperature: float
+    temperature: float
+    epsilon: float
+    iterations: int
+    p: int
+    group: int
+    dkd_target: float
+    dkd_rest: float
+    rkd_angle: float
+
+    def __post_init__(self) -> None:
+        positive(**vars(self))
+
+
 def added(arm: str) -> tuple[str, ...]:
     """The terms of an arm beside cross-entropy. Raises ValueError for one that is not known."""
     names = tuple(name for name in arm.split("+") if name != "ce")
@@ -39,34 +57,28 @@ def added(arm: str) -> tuple[str, ...]:
     return names
 
 
-def term(name: str, section: Any) -> Term:
-    """A term as a function of the student's outputs, the teacher's, and the labels; a mean over rows if not transport.
+def term(name: str, options: Terms) -> Term:
+    """A term as a function of the student's outputs, the teacher's, and the labels.
 
-    `sinkhorn` and `debiased` are sums over the batch, cut into groups of `section.group` samples, each a problem of its
-    own: what data parallelism does to SinKD, and at a group of 1 the L1 norm.
+    A mean over rows, but for `sinkhorn` and `debiased`, which are sums over the batch in groups of `options.group`.
     """
+    schedule = {"epsilon": options.epsilon, "iterations": options.iterations}
     if name in DIVERGENCES:
-        divergence_of, temperature = DIVERGENCES[name][0], getattr(section, DIVERGENCES[name][1])
+        divergence_of, temperature = DIVERGENCES[name][0], getattr(options, DIVERGENCES[name][1])
         return lambda s, t, _: divergence_of(s.logits, t.logits, temperature=temperature)
     if name == "l1":
         return lambda s, t, _: transport.sample_l1(s.logits.softmax(-1), t.logits.softmax(-1))
-    if name == "dkd":
-        coefs = {"target_coef": section.dkd_target, "rest_coef": section.dkd_rest}
-        return lambda s, t, y: baselines.dkd(s.logits, t.logits, y, temperature=section.temperature, **coefs)
-    if name in OF_STATES:
-        return lambda s, t, _: _of_states(name, s.states, t.states, section.rkd_angle)
-    options = {"epsilon": section.epsilon, "iterations": section.iterations}
     if name in SAMPLE_WISE:
-        return lambda s, t, _: SAMPLE_WISE[name](*_probs(s, t, section.temperature), **options)
-    options |= {"p": section.p, "debias": name == "debiased"}
-    return lambda s, t, _: sum(
-        transport.sinkhorn_distance(x, y, **options)
-        for x, y in zip(*(z.split(section.group) for z in _probs(s, t, section.temperature)), strict=True)
-    )
-
-
-def _probs(student: Outputs, teacher: Outputs, temperature: float) -> tuple[Tensor, Tensor]:
-    return (student.logits / temperature).softmax(-1), (teacher.logits / temperature).softmax(-1)
+        return lambda s, t, _: SAMPLE_WISE[name](
+            (s.logits / options.temperature).softmax(-1), (t.logits / options.temperature).softmax(-1), **schedule
+        )
+    if name in BATCH_WISE:
+        schedule |= {"temperature": options.temperature, "p": options.p, "group": options.group}
+        return lambda s, t, _: sinkd.batch_sinkhorn(s.logits, t.logits, debias=name == "debiased", **schedule)
+    if name == "dkd":
+        coefs = {"target_coef": options.dkd_target, "rest_coef": options.dkd_rest}
+        return lambda s, t, y: baselines.dkd(s.logits, t.logits, y, temperature=options.temperature, **coefs)
+    return lambda s, t, _: _of_states(name, s.states, t.states, options.rkd_angle)
 
 
 def _of_states(name: str, student: Tensor, teacher: Tensor, angle: float) -> Tensor:
@@ -80,21 +92,6 @@ def _paired(student_layers: int, teacher_layers: int) -> list[int]:
     """PKD-skip: the teacher's layers, evenly spaced, for all of the student's but the last."""
     stride = teacher_layers // student_layers
     return [stride * layer - 1 for layer in range(1, student_layers)]
-
-
-def matched_weight(
-    parameters: dict[str, nn.Parameter],
-    pair: Callable[[Tensor], tuple[Tensor, Tensor]],
-    batches: Sequence[Tensor],
-) -> float:
-    """The weight at which a term's gradient is as long as CE's, on average over some batches.
-
-    `pair` gives CE and the term of a batch. Raises ValueError if the term has no gradient at all.
-    """
-    norms = [[supervised.gradient_norm(parameters, value) for value in pair(rows)] for rows in batches]
-    if not (total := sum(other for _, other in norms)):
-        raise ValueError("expected a term with a gradient, got one whose gradient is 0 on every batch")
-    return sum(ce for ce, _ in norms) / total
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,14 +1,12 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+import cells
 from limbeck import params
 from limbeck.experiments.runs import Workspace
-from limbeck.experiments.sinkd import fig_toy_divergences as toy
-from limbeck.experiments.sinkd import line
+from limbeck.experiments.sinkd import toy_divergences as toy
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def place(arm, components=1, minor=0.3, epsilon=0.0):
 def test_the_teacher_is_the_mixture_it_is_said_to_be():
     grid = np.linspace(-10, 10, 401)
     log_weights, means = torch.tensor([0.7, 0.3]).log(), torch.tensor([-3.0, 3.0])
-    found = line.log_mixture(torch.tensor(grid, dtype=torch.float32), log_weights, means, torch.full((2,), 0.8)).exp()
+    found = toy.log_mixture(torch.tensor(grid, dtype=torch.float32), log_weights, means, torch.full((2,), 0.8)).exp()
     density = 0.7 * stats.norm.pdf(grid, -3, 0.8) + 0.3 * stats.norm.pdf(grid, 3, 0.8)
     np.testing.assert_allclose(found.numpy(), density / density.sum(), atol=1e-6)
 
@@ -64,8 +62,8 @@ def test_the_best_start_is_drawn_and_the_best_of_those_at_the_other_mode():
 
 
 def test_every_arm_begins_at_the_same_starts(section, tmp_path):
-    still = dataclasses.replace(section, steps=1, learning_rate=1e-30, epsilons=(0.05,), iterations=1)
-    places = [place(arm, epsilon=0.05 if arm == "sinkhorn" else 0.0) for arm in line.ARMS]
+    still = cells.changed(section, steps=1, learning_rate=1e-30, epsilons=(0.05,), iterations=1)
+    places = [place(arm, epsilon=0.05 if arm == "sinkhorn" else 0.0) for arm in toy.ARMS]
     found = [drive(where, still, tmp_path / where["arm"]).metrics for where in places]
     assert all(metrics["fit/mean"] == found[0]["fit/mean"] for metrics in found)
     assert len(set(found[0]["fit/mean"])) == section.starts
@@ -73,7 +71,7 @@ def test_every_arm_begins_at_the_same_starts(section, tmp_path):
 
 
 def test_a_start_does_not_touch_another(section, tmp_path, monkeypatch):
-    few = dataclasses.replace(section, steps=20, starts=4)
+    few = cells.changed(section, steps=20, starts=4)
     whole = drive(place("js"), few, tmp_path / "whole").metrics["fit/mean"]
     starts = toy._starts
     monkeypatch.setattr(
@@ -84,6 +82,6 @@ def test_a_start_does_not_touch_another(section, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_sinkhorn_runs_twice_to_the_same_bits(section, tmp_path):
-    few = dataclasses.replace(section, steps=10)
+    few = cells.changed(section, steps=10)
     runs = [drive(place("sinkhorn", epsilon=0.01), few, tmp_path / name) for name in "ab"]
     assert runs[0] == runs[1]

@@ -1,14 +1,17 @@
 """Students and teachers of the encoder experiments before and while they are trained."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cells
 from limbeck import models
-from limbeck.experiments.sinkd import distill, encoder, fig_permutation, terms
-from limbeck.experiments.sinkd.section import SPLITS
+from limbeck.experiments.sinkd import arms, distillation, permutation
+from limbeck.experiments.sinkd.distillation import SPLITS
+from limbeck.losses import sinkd
 from limbeck.models import encoders
 
 TEACHER_LAYERS, WIDTH = 3, 16
@@ -17,14 +20,14 @@ ROWS = torch.tensor([9, 2, 17, 5, 30, 11, 4])
 
 @pytest.fixture(scope="module")
 def section(tiny_bert, tiny_texts):
-    return cells.section(fig_permutation, tiny_bert, task=tiny_texts, student="first-2")
+    return cells.section("fig_permutation", tiny_bert, task=tiny_texts, student="first-2")
 
 
 @pytest.fixture(scope="module")
 def run(section, tmp_path_factory):
     """An untrained student; nothing here changes it."""
     where = cells.place(tmp_path_factory.mktemp("run"), "run")
-    return distill.start(section, section.task, where, seed=0, student="first-2")
+    return distillation.start(section.setup, section.task, where, seed=0, student="first-2")
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +42,17 @@ def outputs(run):
 
 def gradient(run, arm, weights, outputs, rows):
     """The gradient of an arm's whole loss, as one vector."""
-    loss = distill.taught(run, arm, weights, outputs)(rows)
+    loss = distillation.distillation_loss(run, arm, weights, outputs)(rows)
     parts = torch.autograd.grad(sum(loss.values()), list(run.parameters.values()), materialize_grads=True)
     return torch.cat([part.flatten() for part in parts])
 
 
 def test_a_random_student_is_drawn_from_its_seed_over_the_pretrained_embeddings(section, global_generators):
     before = global_generators()
-    first, again, other = (encoder.pretrained(section, 3, seed, "random-2") for seed in (1, 1, 2))
+    start = functools.partial(distillation.pretrained, section.setup.model, 3)
+    first, again, other = (start(seed, "random-2") for seed in (1, 1, 2))
     assert global_generators() == before
-    whole = encoders.load_encoder(section.model, classes=3, seed=1)
+    whole = encoders.load_encoder(section.setup.model, classes=3, seed=1)
     for name, weight in first.named_parameters():
         assert torch.equal(weight, again.get_parameter(name)), name
         if "embeddings" in name:
@@ -59,8 +63,9 @@ def test_a_random_student_is_drawn_from_its_seed_over_the_pretrained_embeddings(
 
 
 def test_a_first_student_starts_as_its_teacher_and_only_what_the_checkpoint_lacks_depends_on_the_seed(section):
-    teacher = encoder.pretrained(section, 3, 0)
-    first, other = (encoder.pretrained(section, 3, seed, "first-2") for seed in (0, 1))
+    teacher = distillation.pretrained(section.setup.model, 3, 0)
+    start = functools.partial(distillation.pretrained, section.setup.model, 3)
+    first, other = (start(seed, "first-2") for seed in (0, 1))
     for name, weight in first.named_parameters():
         assert torch.equal(weight, teacher.get_parameter(name)), name
         drawn = "layer." not in name and "embeddings" not in name and weight.ndim > 1
@@ -71,7 +76,7 @@ def test_a_first_student_starts_as_its_teacher_and_only_what_the_checkpoint_lack
 @pytest.mark.parametrize("student", ["last-2", "first", "first-two", "random--1", "2"])
 def test_another_spelling_of_a_student_is_refused(student):
     with pytest.raises(ValueError, match=f"first-N or random-N, N layers, got '{student}'"):
-        encoder.layers_of(student)
+        distillation.layers_of(student)
 
 
 @pytest.mark.parametrize(
@@ -87,60 +92,87 @@ def test_another_spelling_of_a_student_is_refused(student):
 )
 def test_a_section_that_cannot_be_run_is_refused(section, change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(section, **change)
+        cells.changed(section, **change)
 
 
 def test_a_run_of_fewer_texts_sees_the_first_rows_each_once_an_epoch(section, tmp_path):
-    section = dataclasses.replace(section, epochs=2)
+    section = cells.changed(section, epochs=2)
     place = cells.place(tmp_path, "run")
-    few = distill.start(section, section.task, place, seed=0, student="first-2", texts=20)
+    few = distillation.start(section.setup, section.task, place, seed=0, student="first-2", texts=20)
     assert sorted(torch.cat(few.batches).tolist()) == sorted(2 * list(range(20)))
-    whole = distill.start(section, section.task, place, seed=0)
+    whole = distillation.start(section.setup, section.task, place, seed=0)
     assert sorted(torch.cat(whole.batches).tolist()) == sorted(10 * list(range(48))), (
         "a teacher has its own number of epochs"
     )
 
 
-@pytest.mark.parametrize("name", terms.NAMES)
+@pytest.mark.parametrize("name", arms.NAMES)
 def test_every_term_at_a_weight_changes_the_gradient_and_an_absent_one_does_not_appear(run, outputs, name):
     plain, alone = (gradient(run, arm, w, outputs, ROWS) for arm, w in (("ce", []), (name, [1.0])))
     assert alone.norm() > 0
     joined = gradient(run, f"ce+{name}", [0.5], outputs, ROWS)
     torch.testing.assert_close(joined, plain + 0.5 * alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradient(run, f"ce+{name}", [0.0], outputs, ROWS), plain)
-    assert set(distill.taught(run, "ce", [], outputs)(ROWS)) == {"loss/ce"}
-    assert set(distill.taught(run, name, [1.0], outputs)(ROWS)) == {f"loss/{name}"}
-    assert set(distill.taught(run, f"ce+{name}", [1.0], outputs)(ROWS)) == {"loss/ce", f"loss/{name}"}
+    assert set(distillation.distillation_loss(run, "ce", [], outputs)(ROWS)) == {"loss/ce"}
+    assert set(distillation.distillation_loss(run, name, [1.0], outputs)(ROWS)) == {f"loss/{name}"}
+    assert set(distillation.distillation_loss(run, f"ce+{name}", [1.0], outputs)(ROWS)) == {"loss/ce", f"loss/{name}"}
 
 
 def test_a_term_named_twice_counts_with_the_sum_of_its_weights(run, outputs):
-    twice = distill.taught(run, "ce+kl+kl", [0.5, 0.25], outputs)(ROWS)
-    once = distill.taught(run, "ce+kl", [0.75], outputs)(ROWS)
+    twice = distillation.distillation_loss(run, "ce+kl+kl", [0.5, 0.25], outputs)(ROWS)
+    once = distillation.distillation_loss(run, "ce+kl", [0.75], outputs)(ROWS)
     assert list(twice) == list(once) == ["loss/ce", "loss/kl"]
     torch.testing.assert_close(twice, once)
 
 
-@pytest.mark.parametrize("name", terms.NAMES)
+def test_the_papers_arm_is_the_librarys_loss(run, outputs):
+    """`sinkd_loss` is what a user calls; the comparison adds up the same terms, so that each has a curve of its own."""
+    weights, options = [0.7, 0.03], run.terms
+    ours = sum(distillation.distillation_loss(run, "ce+kl+sinkhorn", weights, outputs)(ROWS).values())
+    theirs = sinkd.sinkd_loss(
+        run.outputs(ROWS).logits,
+        outputs["train"][ROWS],
+        run.data["train"].labels[ROWS],
+        ce_coef=1.0,
+        kl_coef=weights[0],
+        sinkhorn_coef=weights[1],
+        kl_temperature=options.kl_temperature,
+        sinkhorn_temperature=options.temperature,
+        epsilon=options.epsilon,
+        iterations=options.iterations,
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", arms.NAMES)
 def test_the_matched_weight_makes_both_gradients_equally_long(run, outputs, name):
-    weight = distill.matched(run, name, outputs)
+    weight = distillation.gradient_matched_weight(run, name, outputs)
     rows = run.batches[0]
     norms = [gradient(run, arm, w, outputs, rows).norm().item() for arm, w in (("ce", []), (name, [weight]))]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+def test_a_term_that_has_no_gradient_has_no_matched_weight(run):
+    weight = next(iter(run.parameters.values()))
+    with pytest.raises(ValueError, match="expected a term with a gradient, got one whose gradient is 0 on every batch"):
+        run.gradient_matched_weight(lambda _: {"loss/ce": weight.sum(), "loss/none": 0 * weight.sum()})
+
+
 def test_the_matched_weight_is_the_ratio_of_the_mean_norms_over_the_first_batches(run, outputs, section):
-    run = dataclasses.replace(run, section=dataclasses.replace(section, matching_batches=2))
+    run = dataclasses.replace(run, loop=dataclasses.replace(section.setup.loop, matching_batches=2))
     norms = [
         [gradient(run, arm, w, outputs, rows).norm().item() for rows in run.batches[:2]]
         for arm, w in (("ce", []), ("js", [1.0]))
     ]
-    assert distill.matched(run, "js", outputs) == pytest.approx(sum(norms[0]) / sum(norms[1]), rel=1e-4)
+    assert distillation.gradient_matched_weight(run, "js", outputs) == pytest.approx(
+        sum(norms[0]) / sum(norms[1]), rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("name", terms.NAMES)
+@pytest.mark.parametrize("name", arms.NAMES)
 def test_a_term_reads_the_teachers_states_its_logits_or_takd_the_assistants(run, outputs, name):
     def value(changed):
-        return distill.taught(run, name, [1.0], outputs | changed)(ROWS)[f"loss/{name}"].item()
+        return distillation.distillation_loss(run, name, [1.0], outputs | changed)(ROWS)[f"loss/{name}"].item()
 
     before, unread = value({}), ("rkd", "pkd", "takd")
     assert (value({"train": outputs["train"].flip(0)}) == before) == (name in unread)
@@ -155,24 +187,24 @@ def test_a_term_reads_the_teachers_states_its_logits_or_takd_the_assistants(run,
 
 def test_a_teacher_leaves_its_logits_of_every_split_and_its_states_of_the_training_split(section, tmp_path):
     place = cells.place(tmp_path, "run")
-    teacher, *_ = fig_permutation.cells(section, (0,))
-    result = cells.drive(fig_permutation, section, teacher, place)
+    teacher, *_ = permutation.cells(section, (0,))
+    result = cells.drive(permutation, section, teacher, place)
     (file,) = teacher.checkpoint_files
-    found = distill.load_outputs(place, file)
-    data, _ = encoder.splits(section, section.task)
+    found = load_file(tmp_path / file)
+    data, _ = distillation.splits(section.setup.model, section.task, section.setup.texts)
     for split in SPLITS:
         right = found[split].argmax(-1) == data[split].labels
         assert result.metrics[f"{split}/score"] == right.double().mean()
     assert found["states"].shape == (TEACHER_LAYERS, 48, WIDTH)
     assert result.trainable_parameters == sum(
-        p.numel() for p in models.trainable(encoder.pretrained(section, 3, 0)).values()
+        p.numel() for p in models.trainable(distillation.pretrained(section.setup.model, 3, 0)).values()
     )
     # The last of the states, through the pooler and head of the same run done again, give the logits.
-    run = distill.start(section, section.task, place, seed=section.teacher_seed)
+    run = distillation.start(section.setup, section.task, place, seed=section.setup.loop.teacher_seed)
     list(
         run.fit(
-            lambda rows: {"ce": terms.cross_entropy(run.outputs(rows).logits, run.labels(rows))},
-            section.teacher_learning_rate,
+            lambda rows: {"ce": arms.cross_entropy(run.outputs(rows).logits, run.data["train"].labels[rows])},
+            section.setup.loop.teacher_learning_rate,
         )
     )
     with torch.inference_mode():

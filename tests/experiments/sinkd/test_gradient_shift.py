@@ -5,7 +5,7 @@ import torch
 
 from limbeck import params
 from limbeck.experiments.runs import Workspace
-from limbeck.experiments.sinkd import fig_gradient_shift as figure
+from limbeck.experiments.sinkd import gradient_shift as figure
 
 
 def measure(arm, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cells
-from limbeck.experiments.sinkd import distill, fig_transport_plan
+from limbeck.experiments.sinkd import distillation, transport_plan
 from reference import transport
 
 SHOWN = 9
@@ -14,13 +14,13 @@ SHOWN = 9
 
 @pytest.fixture(scope="module")
 def section(tiny_bert, tiny_texts):
-    return cells.section(fig_transport_plan, tiny_bert, task=tiny_texts, shown=SHOWN)
+    return cells.section("fig_transport_plan", tiny_bert, task=tiny_texts, shown=SHOWN)
 
 
 @pytest.fixture(scope="module")
 def ran(section, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ran")
-    return cells.run_all(fig_transport_plan, section, folder), folder
+    return cells.run_all(transport_plan, section, folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_the_plan_has_mass_1_and_uniform_columns(shown):
 
 def test_the_plan_is_the_twins_for_the_shown_cost(shown, section):
     _, found = shown
-    expected = transport.plan(found["batch/cost"], section.epsilon, section.iterations) / SHOWN
+    expected = transport.plan(found["batch/cost"], section.setup.terms.epsilon, section.setup.terms.iterations) / SHOWN
     assert found["batch/plan"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -73,8 +73,8 @@ def test_inside_one_sample_the_plan_moves_the_teachers_probabilities_to_the_stud
     teacher, student = plan.sum(0), plan.sum(1)
     assert plan.sum() == pytest.approx(1, abs=1e-6)
     assert np.abs(teacher - student).sum() == pytest.approx(np.diag(found["batch/cost"]).max(), abs=1e-5)
-    logits = distill.load_outputs(cells.place(ran[1], "run"), distill.outputs_file(section.task))["test"]
-    answers = (logits / section.temperature).softmax(-1).numpy()
+    logits = distillation.read_outputs(cells.place(ran[1], "run"), section.task)["test"]
+    answers = (logits / section.setup.terms.temperature).softmax(-1).numpy()
     assert np.abs(answers - teacher).max(1).min() < 1e-6
-    expected = transport.marginal_plan(cost, teacher, student, section.epsilon, 2000).T
+    expected = transport.marginal_plan(cost, teacher, student, section.setup.terms.epsilon, 2000).T
     assert plan == pytest.approx(expected, abs=1e-6)

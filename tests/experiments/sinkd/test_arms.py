@@ -10,7 +10,7 @@ import torch
 
 from limbeck import params
 from limbeck.evaluation.classifier import Outputs
-from limbeck.experiments.sinkd import fig_permutation, terms
+from limbeck.experiments.sinkd import arms, permutation
 from reference import divergence, transport
 
 BATCH, CLASSES = 7, 3
@@ -20,9 +20,9 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 0])
 @pytest.fixture
 def section():
     """Options of which no two are equal, so that none can stand for another."""
-    committed = params.load("sinkd", "fig_permutation", "smoke", fig_permutation.Params)
+    committed = params.load("sinkd", "fig_permutation", "smoke", permutation.Params)
     options = {"kl_temperature": 3.0, "temperature": 2.0, "epsilon": 0.3, "iterations": 7, "group": 7}
-    return dataclasses.replace(committed, **options, dkd_target=0.7, dkd_rest=5.0, rkd_angle=2.5)
+    return dataclasses.replace(committed.setup.terms, **options, dkd_target=0.7, dkd_rest=5.0, rkd_angle=2.5)
 
 
 def draw(*shape, seed=0):
@@ -37,7 +37,7 @@ STUDENT, TEACHER = outputs(0), outputs(1)
 
 
 def value(name, section, student=STUDENT, teacher=TEACHER):
-    return terms.term(name, section)(student, teacher, LABELS).item()
+    return arms.term(name, section)(student, teacher, LABELS).item()
 
 
 def probs(temperature):
@@ -89,7 +89,7 @@ TWINS = {
 
 
 def test_every_term_of_logits_has_a_twin():
-    assert set(TWINS) == set(terms.NAMES) - set(terms.OF_STATES)
+    assert set(TWINS) == set(arms.NAMES) - set(arms.OF_STATES)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -109,7 +109,7 @@ def test_groups_of_one_sum_the_l1_norms_of_the_samples(section):
         assert value("sinkhorn", alone) == pytest.approx(2 * BATCH * mean(divergence.total_variation, 2.0), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", terms.BATCH_WISE)
+@pytest.mark.parametrize("name", arms.BATCH_WISE)
 @pytest.mark.parametrize("group", [3, 4])
 def test_groups_are_problems_of_their_own_and_the_last_may_be_short(name, group, section):
     student, teacher = probs(2.0)
@@ -171,24 +171,18 @@ def test_a_teacher_with_another_number_of_classes_is_refused(section, name, monk
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the annotations would catch them first
     student, teacher = Outputs(torch.zeros(2, 3)), Outputs(torch.zeros(2, 4))
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
-        terms.term(name, section)(student, teacher, LABELS[:2])
-
-
-def test_a_term_that_has_no_gradient_has_no_matched_weight():
-    weight = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="expected a term with a gradient, got one whose gradient is 0 on every batch"):
-        terms.matched_weight({"w": weight}, lambda _: (weight.sum(), 0 * weight.sum()), [torch.arange(2)])
+        arms.term(name, section)(student, teacher, LABELS[:2])
 
 
 def test_an_arm_is_spelled_as_a_sum():
-    assert terms.added("ce") == ()
-    assert terms.added("ce+kl+kl") == ("kl", "kl")
-    assert terms.added("sinkhorn") == ("sinkhorn",)
+    assert arms.added("ce") == ()
+    assert arms.added("ce+kl+kl") == ("kl", "kl")
+    assert arms.added("sinkhorn") == ("sinkhorn",)
     with pytest.raises(ValueError, match=r"ce or one of kl, .*sinkhorn.*joined by \+; got 'wasserstein' in 'ce\+wass"):
-        terms.added("ce+wasserstein")
+        arms.added("ce+wasserstein")
 
 
 def test_cross_entropy_is_the_mean_negative_log_probability_of_the_label():
     rows = [divergence.softmax(row) for row in STUDENT.logits.tolist()]
     expected = -sum(math.log(row[label]) for row, label in zip(rows, LABELS.tolist(), strict=True)) / BATCH
-    assert terms.cross_entropy(STUDENT.logits, LABELS).item() == pytest.approx(expected, rel=1e-10)
+    assert arms.cross_entropy(STUDENT.logits, LABELS).item() == pytest.approx(expected, rel=1e-10)
