@@ -233,8 +233,9 @@ def folders(tmp_path_factory):
     words = [*map(str, asked), *map(str, rows["dev"]), "A B C D A B C D ### Instruction Response : . =>"] * 2
     tokenizer = language.load_tokenizer("llama-1x16", words)
     language.load("llama-2x64", tokenizer, seed=0).save_pretrained(folder / "model")
-    language.load("llama-2x32", tokenizer, seed=0).save_pretrained(folder / "narrow")
-    tokenizer.save_pretrained(folder / "narrow")
+    for width in (32, 96):
+        language.load(f"llama-2x{width}", tokenizer, seed=0).save_pretrained(folder / str(width))
+        tokenizer.save_pretrained(folder / str(width))
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "model")
     committed = params.load("nola", "table_instruction", "paper", instruction.Params)
@@ -299,10 +300,11 @@ def test_a_model_in_four_bits_multiplies_by_its_weights_at_their_nearest_levels(
         assert (outputs - expected).norm() < 0.03 * expected.norm(), name
 
 
-def test_a_layer_narrower_than_a_block_of_four_bits_is_refused(folders, tmp_path):
-    narrow = cells.changed(folders, model=str(Path(folders.texts.model).with_name("narrow")))
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj of 32 inputs, expected at least 64"):
-        bench(narrow, tmp_path).load()
+@pytest.mark.parametrize("width", [32, 96])
+def test_a_layer_whose_rows_are_no_whole_blocks_of_four_bits_is_refused(folders, tmp_path, width):
+    uneven = cells.changed(folders, model=str(Path(folders.texts.model).with_name(str(width))))
+    with pytest.raises(ValueError, match=rf"self_attn\.q_proj of {width} inputs, expected a multiple of 64"):
+        bench(uneven, tmp_path).load()
 
 
 def test_a_model_in_four_bits_learns_by_either_adapter(folders, tmp_path):

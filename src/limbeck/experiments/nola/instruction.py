@@ -222,16 +222,16 @@ class InstructionDecoder(FrozenDecoder):
 def in_four_bits(name: str, where: torch.device) -> PreTrainedModel:
     """A decoder from a local folder or the hub, frozen, its linear layers but the head in NF4; needs bitsandbytes.
 
-    Raises ValueError for a layer of fewer inputs than a block has weights: there bitsandbytes 0.50 multiplies wrongly,
-    without a word, on CPUs with AVX-512.
+    Raises ValueError for a layer whose rows are no whole blocks, narrower than one or not a multiple: their weights are
+    read back wrong by a fifth, without a word, by bitsandbytes 0.50 on CPUs with AVX-512.
     """
     form = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.bfloat16)
     options = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": str(where)}}
     model = AutoModelForCausalLM.from_pretrained(assets.source(name), **options).eval().requires_grad_(False)
     for path, layer in model.named_modules():
-        if hasattr(getattr(layer, "weight", None), "quant_state") and layer.in_features < _BLOCK:
-            raise ValueError(f"received {path} of {layer.in_features} inputs, expected at least {_BLOCK} for 4 bits")
+        if hasattr(getattr(layer, "weight", None), "quant_state") and layer.in_features % _BLOCK:
+            raise ValueError(f"received {path} of {layer.in_features} inputs, expected a multiple of {_BLOCK}")
     return model
 
 
