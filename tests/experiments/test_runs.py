@@ -105,3 +105,8 @@ def test_a_result_counts_the_weights_and_spells_the_dtype():
 
 def test_a_spelled_name_is_one_that_a_coordinate_may_hold():
     assert runs.spelled("org/model:v1.5_x-y") == "org-model-v1.5_x-y"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_workspace_says_in_which_dtype_products_are_computed_there(tmp_path, name, expected):
+    assert Workspace(tmp_path, tmp_path / "state", [], torch.device("cpu"), name).dtype is expected

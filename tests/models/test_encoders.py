@@ -94,18 +94,13 @@ def test_frozen_embeddings_are_left_out_of_what_is_trained(encoder):
     assert not [name for name in names if "embeddings" in name]
 
 
-def test_bfloat16_is_chosen_only_where_it_is_faster(monkeypatch):
-    cpu = torch.device("cpu")
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    for hardware in checks:
-        for check in checks:
-            monkeypatch.setattr(torch.cpu, check, lambda found=check == hardware: found)
-        assert models.precision("auto", width=384, where=cpu) is torch.bfloat16, hardware
-        assert models.precision("auto", width=128, where=cpu) is torch.float32, hardware
-    monkeypatch.setattr(torch.cpu, hardware, lambda: False)
-    assert models.precision("auto", width=384, where=cpu) is torch.float32
-    assert models.precision("auto", width=1, where=torch.device("cuda")) is torch.bfloat16
-    assert models.precision("bfloat16", width=1, where=cpu) is torch.bfloat16
+def test_bfloat16_is_chosen_on_cuda_alone_and_float32_on_every_cpu(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for check in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda: True)
+    assert (models.precision("auto", cpu), models.precision("auto", cuda)) == (torch.float32, torch.bfloat16)
+    assert models.precision("bfloat16", cpu) is torch.bfloat16
+    assert models.precision("float32", cuda) is torch.float32
 
 
 def test_low_precision_rounds_the_products_and_leaves_float32_and_the_parameters_alone(encoder):

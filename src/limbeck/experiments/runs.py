@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from limbeck import models
+
 Coordinate = str | int | float
 
 
@@ -37,6 +39,11 @@ class Workspace:
     records: list[dict[str, Any]]
     device: torch.device
     precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products here."""
+        return models.precision(self.precision, self.device)
 
 
 @dataclass(frozen=True)

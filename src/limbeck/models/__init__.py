@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_WIDE = 256
-
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name."""
@@ -23,17 +21,14 @@ def device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def precision(name: str, *, width: int, where: torch.device) -> torch.dtype:
-    """The dtype of the matrix products: `auto` is bfloat16 where that is faster, else float32.
+def precision(name: str, where: torch.device) -> torch.dtype:
+    """The dtype of the matrix products: `auto` is bfloat16 on cuda and float32 on every CPU.
 
-    Faster on cuda, and from a hidden width of 256 on CPUs that multiply it in hardware (AMX, or AVX-512 with BF16);
-    elsewhere it can be many times slower.
+    So two CPUs differ in last bits only, whatever they have in hardware.
     """
     if name != "auto":
         return getattr(torch, name)
-    hardware = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    fast = where.type == "cuda" or (where.type == "cpu" and width >= _WIDE and hardware)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if where.type == "cuda" else torch.float32
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel
 
 from limbeck import models, seeding
@@ -113,7 +112,7 @@ def train(
     For SFT the teacher writes the texts, and scores none. A seed fixes the prompts of every step and the random numbers
     of every sample, for every arm.
     """
-    method, seed, dtype = objectives.arm(coordinates["arm"]), coordinates["seed"], dtype_of(student, workspace)
+    method, seed, dtype = objectives.arm(coordinates["arm"]), coordinates["seed"], workspace.dtype
     switch = switch_step(coordinates, workspace.records, loop) if method.schedule == "switch" else None
     sampler = problems.sampler(student if method.texts == "own" else teacher, dtype)
     scorer = teacher if method.asks_teacher else None
@@ -136,13 +135,8 @@ def train(
 def only_score(model: PreTrainedModel, problems: Problems, *, seed: int, workspace: Workspace) -> Steps:
     """The cell of `start` or `teacher`: one step, in which nothing is trained, then the scores on the test splits."""
     yield {"step": 1, "steps": 1}
-    dtype = dtype_of(model, workspace)
+    dtype = workspace.dtype
     return runs.result(problems.test_scores(model, seed=seed, dtype=dtype), dtype=dtype)
-
-
-def dtype_of(model: PreTrainedModel, workspace: Workspace) -> torch.dtype:
-    """The dtype of the model's matrix products."""
-    return models.precision(workspace.precision, width=model.config.hidden_size, where=workspace.device)
 
 
 def step_problems(problems: Problems, loop: Loop, seed: int) -> list[list[Problem]]:

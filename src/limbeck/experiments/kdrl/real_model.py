@@ -93,7 +93,7 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
 def _train_teacher(params: Params, problems: WordProblems, workspace: Workspace) -> Steps:
     """Fine-tune a copy of the student on worked solutions; leave the weights that changed."""
     model = load_student(params, problems, workspace)
-    examples, dtype = problems.teacher_train, arms.dtype_of(model, workspace)
+    examples, dtype = problems.teacher_train, workspace.dtype
     source = seeding.generator(0, "further")
     rows = rollouts.batches(len(examples), size=params.further_batch, steps=params.further_steps, source=source)
     prompts, solutions = map(problems.prompt, examples), map(problems.worked, examples)

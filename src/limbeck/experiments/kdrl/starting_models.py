@@ -75,7 +75,7 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str,
     untrained = begin == _NOTHING
     model = drawn(params, problems, seed) if untrained else trained(params, problems, workspace.checkpoints, begin)
     model = model.to(workspace.device)
-    dtype = models.precision(workspace.precision, width=model.config.hidden_size, where=workspace.device)
+    dtype = workspace.dtype
     prompts, solutions = worked(params, problems, index)
     lengths = torch.tensor([len(x) + len(y) for x, y in zip(prompts, solutions, strict=True)])
     rows = batches(lengths, size=params.start_batch, steps=params.start_steps[index], seed=seed)

@@ -243,4 +243,4 @@ def _result(
     if curve:
         numbers = sum(weight.numel() for weight in weights.values())
         metrics |= {"adapter/parameters": float(numbers), "train/loss": curve["loss/ce"][-1]}
-    return result(metrics, curve, weights=weights, dtype=decoder.dtype(model))
+    return result(metrics, curve, weights=weights, dtype=decoder.workspace.dtype)

@@ -87,7 +87,7 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     model = arms.attach(coordinates["arm"], decoder.load(), params.adapters, **options)
     if coordinates["arm"] == "none":
         yield {"step": 1, "steps": 1}
-        return result(_untrained(model, decoder, params, coordinates["seed"]), dtype=decoder.dtype(model))
+        return result(_untrained(model, decoder, params, coordinates["seed"]), dtype=decoder.workspace.dtype)
     selecting = coordinates["phase"] == "selection"
     rate = coordinates["rate"] if selecting else _chosen_rate(coordinates["arm"], workspace)
     loss = decoder.train_loss(model, smoothing=params.smoothing)
@@ -96,7 +96,7 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     metrics = {"train/loss": curve["loss/ce"][-1], "validation/loss": decoder.loss(model, "validation")}
     if not selecting:
         metrics |= {"chosen/rate": rate, **_size(model), **decoder.test_scores(model, params.beams)}
-    return result(metrics, curve, weights=models.trainable(model), dtype=decoder.dtype(model))
+    return result(metrics, curve, weights=models.trainable(model), dtype=decoder.workspace.dtype)
 
 
 def _chosen_rate(arm: str, workspace: Workspace) -> float:

@@ -206,8 +206,7 @@ class Learner:
         self.model = vision.load(panel.model, classes=shots.images.classes, seed=seed).to(workspace.device)
         if vision.drawn(panel.model):
             first_training.restore(self.model, workspace.checkpoints, panel.model)
-        width = vision.head_of(self.model).in_features
-        self.dtype = models.precision(workspace.precision, width=width, where=workspace.device)
+        self.dtype = workspace.dtype
 
     def batches(self) -> list[Tensor]:
         """Row indices: every epoch in a new order, a last short batch dropped; one batch of all where it holds them."""

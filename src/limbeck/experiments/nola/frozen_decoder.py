@@ -150,11 +150,6 @@ class FrozenDecoder:
         model = language.load(self.settings.model, self.data.tokenizer, seed=0)
         return model.eval().requires_grad_(False).to(self.workspace.device)
 
-    def dtype(self, model: Model) -> torch.dtype:
-        """The dtype of the model's matrix products."""
-        width = texts.base(model).config.hidden_size
-        return models.precision(self.workspace.precision, width=width, where=self.workspace.device)
-
     def all_pairs(self) -> list[Pair]:
         """The pairs of every part, part after part."""
         return [pair for part in self.data.pairs.values() for pair in part]
@@ -178,7 +173,7 @@ class FrozenDecoder:
 
     def train_loss(self, model: Model, *, smoothing: float = 0.0) -> Callable[[Tensor], supervised.Terms]:
         """The loss of some rows of the texts to train on, by `texts.loss_of`."""
-        return texts.loss_of(model, self.texts["train"], self.dtype(model), smoothing=smoothing)
+        return texts.loss_of(model, self.texts["train"], self.workspace.dtype, smoothing=smoothing)
 
     def fit(
         self,
@@ -202,12 +197,12 @@ class FrozenDecoder:
 
     def loss(self, model: Model, part: str) -> float:
         """Mean over the tokens of a part's targets, the end token among them, in nats."""
-        return texts.mean_loss(model, self.texts[part], self.dtype(model))
+        return texts.mean_loss(model, self.texts[part], self.workspace.dtype)
 
     def sentences(self, model: Model, asked: Sequence[Meaning], beams: int) -> list[str]:
         """What the whole model says for each meaning: the best of some beams; with 1, each time the likeliest token."""
         prompts, tokenizer = [self.data.prompt(meaning) for meaning in asked], self.data.tokenizer
-        options = {"end": tokenizer.eos_token_id, "longest": self.settings.longest, "dtype": self.dtype(model)}
+        options = {"end": tokenizer.eos_token_id, "longest": self.settings.longest, "dtype": self.workspace.dtype}
         complete = functools.partial(texts.beam_completions, beams=beams) if beams > 1 else texts.greedy_completions
         return [tokenizer.decode(tokens).strip() for tokens in complete(model, prompts, **options)]
 

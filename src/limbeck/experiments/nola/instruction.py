@@ -126,7 +126,7 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str,
     if final or arm == _UNTRAINED:
         metrics |= {"train/loss": decoder.loss(model, "train"), **decoder.accuracies(model)}
         metrics["validation/gap"] = metrics["validation/loss"] - metrics["train/loss"]
-    return result(metrics, curve, weights=models.trainable(model), dtype=decoder.dtype(model))
+    return result(metrics, curve, weights=models.trainable(model), dtype=decoder.workspace.dtype)
 
 
 def _chosen_rate(arm: str, workspace: Workspace) -> float:
@@ -207,7 +207,7 @@ class InstructionDecoder(FrozenDecoder):
 
     def accuracies(self, model: Model) -> dict[str, float]:
         """The share of questions whose right answer is the likeliest: by the mean over its tokens, and by their sum."""
-        logprobs = choice_logprobs(model, self.texts["choices"], self.dtype(model))
+        logprobs = choice_logprobs(model, self.texts["choices"], self.workspace.dtype)
         questions, start, right = self.data.questions, 0, {"accuracy": 0, "accuracy_of_sums": 0}
         for question in questions:
             mine, start = logprobs[start : start + len(question.choices)], start + len(question.choices)

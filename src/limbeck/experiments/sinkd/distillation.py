@@ -81,7 +81,7 @@ class Run:
     def __post_init__(self) -> None:
         device = self.workspace.device
         self.model.to(device)
-        self.dtype = models.precision(self.workspace.precision, width=self.model.config.hidden_size, where=device)
+        self.dtype = self.workspace.dtype
         self.parameters = models.trainable(self.model)
 
     def fit(
