@@ -198,7 +198,7 @@ def shots(section: Params, panel: Panel, *, phase: str, subset: int) -> Shots:
 
 
 class Learner:
-    """A model before adaptation, and how it is taught and scored on one run's images."""
+    """A model before adaptation, and how it learns and is scored on one run's images."""
 
     def __init__(self, section: Params, panel: Panel, shots: Shots, workspace: Workspace, seed: int) -> None:
         self.section, self.panel, self.shots, self.seed = section, panel, shots, seed
