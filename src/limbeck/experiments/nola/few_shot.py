@@ -239,7 +239,7 @@ class Learner:
         return hits / len(self.shots.scored)
 
     def _seen(self, rows: Tensor) -> Tensor:
-        return vision.prepared(self.panel.model, self.shots.images.at(rows).to(self.device), self.side)
+        return vision.prepared(self.panel.model, self.shots.images.select(rows).to(self.device), self.side)
 
     def _logits(self, rows: Tensor) -> Tensor:
         with models.autocast(self.device, self.dtype):
