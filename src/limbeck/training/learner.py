@@ -109,7 +109,11 @@ class Run:
         rewards, correct = (torch.tensor(x).unflatten(0, (-1, size)) for x in zip(*verdicts, strict=True))
         repeated = [prompt for prompt in prompts for _ in range(size)]
         rollout = Rollout(repeated, rows, sampled.mask, sampled.logprobs, sampled.ended, rewards.float(), correct)
-        return rollout if self.teacher is None else dataclasses.replace(rollout, teacher_logprobs=self._teacher_logprobs(rollout))
+        return (
+            rollout
+            if self.teacher is None
+            else dataclasses.replace(rollout, teacher_logprobs=self._teacher_logprobs(rollout))
+        )
 
     @torch.no_grad()
     def _teacher_logprobs(self, rollout: Rollout) -> Tensor:
