@@ -61,6 +61,7 @@ bench: $(READY)  ## time the losses and the loop against their alternatives, eac
 
 reseal: $(READY)  ## renew the records' hashes after a change of code that changes no number: shown here, to the bit
 	python -m limbeck.assets
+	python -m limbeck.assets efficientnet_lite0
 	python -m limbeck.workflow.reseal || refused=1; python -m limbeck.workflow.lock; test -z "$${refused:-}"
 
 lab: $(READY)  ## JupyterLab on localhost

@@ -47,11 +47,3 @@ def test_what_runs_here_is_what_is_pinned():
 def test_ci_calls_the_test_command_of_the_readme():
     assert re.findall(r"^make \w+$", (paths.ROOT / ".ci" / "run").read_text(), re.MULTILINE) == ["make test"]
     assert "make test" in (paths.ROOT / "README.md").read_text()
-
-
-def test_the_map_of_the_readme_names_every_module():
-    text = (paths.ROOT / "README.md").read_text()
-    package = paths.ROOT / "src" / "limbeck"
-    for file in package.rglob("*.py"):
-        if file.stem != "__init__" and file.parent.name not in ("sinkd", "kdrl", "nola"):
-            assert str(file.relative_to(package)) in text, file

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 
@@ -63,6 +64,13 @@ def imported(module):
 
 def test_every_folder_says_what_it_may_import():
     assert {layer(module) for module in FILES} == set(MAY_IMPORT)
+
+
+def test_the_map_names_every_module_in_the_section_of_its_folder_and_no_other():
+    sections = (paths.ROOT / "docs" / "map.md").read_text().split("\n## ")[2:]
+    named = {(part.splitlines()[0], name) for part in sections for name in re.findall(r"^\| `(\w+)\.py` ", part, re.M)}
+    parts = [file.relative_to(PACKAGE) for file in FILES.values() if file.stem != "__init__"]
+    assert named == {(part.parent.as_posix().replace(".", "At the top"), part.stem) for part in parts}
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -29,7 +29,7 @@ def test_mnist_is_read_from_a_table_whose_last_column_is_the_digit(tmp_path, mon
     loaded = images.load("mnist")
     assert loaded.labels.tolist() == [7, 0, 7]
     assert not loaded.held.any()
-    values = loaded.at(torch.tensor([2]))
+    values = loaded.select(torch.tensor([2]))
     assert values.shape == (1, 1, 28, 28)
     np.testing.assert_allclose(values.numpy().ravel(), rows[2, :784] / 255, rtol=1e-6)
 
@@ -37,7 +37,7 @@ def test_mnist_is_read_from_a_table_whose_last_column_is_the_digit(tmp_path, mon
 def test_digits_are_enlarged_to_mnists_box_by_bilinear_interpolation():
     loaded, source = images.load("digits"), load_digits()
     assert loaded.labels.tolist() == source.target.tolist()
-    values = loaded.at(torch.tensor([11]))[0, 0]
+    values = loaded.select(torch.tensor([11]))[0, 0]
     inner = values[4:24, 4:24]
     assert values.shape == (28, 28)
     assert values.sum().item() == pytest.approx(inner.sum().item()), "the frame is black"
@@ -109,12 +109,12 @@ def test_an_unknown_data_set_is_refused():
 
 
 def test_some_classes_are_numbered_in_the_order_given_with_their_own_images():
-    chosen = grey([2, 0, 1, 2], held=[False, False, False, True]).of([2, 0])
+    chosen = grey([2, 0, 1, 2], held=[False, False, False, True]).only([2, 0])
     assert chosen.labels.tolist() == [0, 1, 0]
     assert chosen.pixels[:, 0, 0, 0].tolist() == [0, 1, 3]
     assert chosen.held.tolist() == [False, False, True]
     with pytest.raises(ValueError, match=r"received the classes \[0, 5\], expected none of \[5\]"):
-        grey([0, 1]).of([0, 5])
+        grey([0, 1]).only([0, 5])
 
 
 def test_a_draw_has_as_many_of_each_class_from_those_allowed_and_depends_on_its_stream_alone(global_generators):

@@ -40,11 +40,11 @@ class Images:
         """How many there are."""
         return int(self.labels.max()) + 1
 
-    def at(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch channel side side"]:
+    def select(self, rows: Int[Tensor, " batch"]) -> Float[Tensor, "batch channel side side"]:
         """Some images, in [0, 1]."""
         return self.pixels[rows] / 255
 
-    def of(self, classes: Sequence[int]) -> "Images":
+    def only(self, classes: Sequence[int]) -> "Images":
         """Those of some classes, which are numbered anew in the order given. ValueError for a class without images."""
         if missing := sorted(set(classes) - set(self.labels.tolist())):
             raise ValueError(f"received the classes {list(classes)}, expected none of {missing}")

@@ -109,10 +109,10 @@ class Run:
         rewards, correct = (torch.tensor(x).unflatten(0, (-1, size)) for x in zip(*verdicts, strict=True))
         repeated = [prompt for prompt in prompts for _ in range(size)]
         rollout = Rollout(repeated, rows, sampled.mask, sampled.logprobs, sampled.ended, rewards.float(), correct)
-        return rollout if self.teacher is None else dataclasses.replace(rollout, teacher_logprobs=self._taught(rollout))
+        return rollout if self.teacher is None else dataclasses.replace(rollout, teacher_logprobs=self._teacher_logprobs(rollout))
 
     @torch.no_grad()
-    def _taught(self, rollout: Rollout) -> Tensor:
+    def _teacher_logprobs(self, rollout: Rollout) -> Tensor:
         """The teacher's log-probability of every token."""
         scorer, logprobs = dataclasses.replace(self, policy=self.teacher), torch.zeros_like(rollout.old_logprobs)
         for rows in micro_batches(rollout, range(len(rollout.completions)), self.settings.micro_tokens):

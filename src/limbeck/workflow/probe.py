@@ -36,7 +36,7 @@ def ledger_of(paper: str, experiment: str, profile: str) -> Any:
 
 def workspace(*values: Any) -> Any:
     """Where a cell runs: checkpoints, state, earlier records, device, precision."""
-    for module, name in (("runs", "Workspace"), ("cells", "Workspace"), ("cells", "Place")):
+    for module, name in (("runs", "Workspace"), ("runs", "Place"), ("cells", "Place")):
         try:
             return getattr(importlib.import_module(f"limbeck.experiments.{module}"), name)(*values)
         except (ModuleNotFoundError, AttributeError):

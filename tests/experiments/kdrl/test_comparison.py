@@ -33,8 +33,8 @@ def ran(section, begun):
 
 
 def cell_at(section, seed=SEED, **coordinates):
-    found = comparison.cells(section, (seed,))
-    (cell,) = [cell for cell in found if coordinates.items() <= cell.coordinates.items()]
+    listed = comparison.cells(section, (seed,))
+    (cell,) = [cell for cell in listed if coordinates.items() <= cell.coordinates.items()]
     return cell
 
 
@@ -43,9 +43,9 @@ def final(section, arm, seed=SEED):
 
 
 def test_the_whole_comparison_runs_and_every_arm_has_its_own_steps(section, ran):
-    found, _ = ran
-    assert len(found) == 2 * len(section.kd_coefs) + len(ARMS)
-    for run in found:
+    runs, _ = ran
+    assert len(runs) == 2 * len(section.kd_coefs) + len(ARMS)
+    for run in runs:
         trained = run["cell"]["arm"] not in ("start", "teacher")
         shares = {name: value for name, value in run["metrics"].items() if name.endswith(SHARES)}
         assert all(0 <= value <= 1 for value in shares.values())
@@ -53,21 +53,21 @@ def test_the_whole_comparison_runs_and_every_arm_has_its_own_steps(section, ran)
         assert ("validation/accuracy" in shares) == trained == bool(run["curve"])
         for name in ("validation/accuracy", "rollout/reward", "policy/entropy") if trained else ():
             assert len(run["curve"][name]) == section.loop.steps
-    taken = {arm: cells.pick(found, phase="final", arm=arm)["curve"] for arm in ARMS[2:] if arm != "kd_then_rl"}
+    taken = {arm: cells.pick(runs, phase="final", arm=arm)["curve"] for arm in ARMS[2:] if arm != "kd_then_rl"}
     assert len(set(map(json.dumps, taken.values()))) == len(taken), "two arms took the same steps"
-    rewards = [reward for run in found if run["curve"] for reward in run["curve"]["rollout/reward"]]
+    rewards = [reward for run in runs if run["curve"] for reward in run["curve"]["rollout/reward"]]
     assert any(0 < reward < 1 for reward in rewards), "a comparison without rewards tests little"
 
 
 def test_a_final_cell_at_the_selections_seed_takes_the_steps_of_the_best_cell(section, ran):
-    found, _ = ran
-    tried = [run for run in found if run["cell"]["phase"] == "selection"]
+    runs, _ = ran
+    tried = [run for run in runs if run["cell"]["phase"] == "selection"]
     assert {run["cell"]["arm"] for run in tried} == set(WEIGHED.values())
     for arm, chooser in WEIGHED.items():
         grid = {run["cell"]["kd_coef"]: run for run in tried if run["cell"]["arm"] == chooser}
         assert set(grid) == set(section.kd_coefs)
         best = max(sorted(grid), key=lambda coef: grid[coef]["metrics"]["validation/accuracy"])
-        last = cells.pick(found, phase="final", arm=arm)
+        last = cells.pick(runs, phase="final", arm=arm)
         assert last["metrics"]["kd/coefficient"] == best
         assert (last["curve"] == grid[best]["curve"]) == (arm == chooser)
         assert last["curve"]["kd/coefficient"][0] == pytest.approx(best * (1.0 if arm == chooser else 2.5))
@@ -76,9 +76,9 @@ def test_a_final_cell_at_the_selections_seed_takes_the_steps_of_the_best_cell(se
 @pytest.mark.parametrize("best", [0, 1])
 @pytest.mark.parametrize("arm", WEIGHED)
 def test_an_arm_takes_the_weight_that_was_best_on_the_validation_split(section, ran, arm, best):
-    found, _ = ran
+    runs, _ = ran
     altered = []
-    for run in (run for run in found if run["cell"]["phase"] == "selection"):
+    for run in (run for run in runs if run["cell"]["phase"] == "selection"):
         other = run["cell"]["arm"] != WEIGHED[arm]
         score = 0.75 if (run["cell"]["kd_coef"] == section.kd_coefs[best]) != other else 0.25
         altered.append(run | {"metrics": run["metrics"] | {"validation/accuracy": score}})
@@ -88,7 +88,7 @@ def test_an_arm_takes_the_weight_that_was_best_on_the_validation_split(section, 
 
 def test_of_equals_the_smallest_weight_is_taken_and_each_pair_chooses_for_itself():
     scores = {("near", 0.3): 0.5, ("near", 0.1): 0.75, ("near", 1.0): 0.75, ("far", 1.0): 1.0, ("far", 0.1): 0.0}
-    found = [
+    runs = [
         {
             "cell": {"phase": "selection", "student": "s", "teacher": teacher, "arm": "k3", "kd_coef": coef, "seed": 9},
             "metrics": {"validation/accuracy": score},
@@ -96,17 +96,17 @@ def test_of_equals_the_smallest_weight_is_taken_and_each_pair_chooses_for_itself
         for (teacher, coef), score in scores.items()
     ]
     coordinates = {"phase": "final", "student": "s", "arm": "k3", "seed": 0}
-    assert comparison.coefficient(coordinates | {"teacher": "near"}, found) == 0.1
-    assert comparison.coefficient(coordinates | {"teacher": "far"}, found) == 1.0
-    assert comparison.coefficient(coordinates | {"teacher": "far", "kd_coef": 0.3}, found) == 0.3
-    assert comparison.coefficient(coordinates | {"teacher": "far", "arm": "kd"}, found) == 1.0
-    assert comparison.coefficient(coordinates | {"teacher": "far", "arm": "grpo"}, found) == 0.0
+    assert comparison.coefficient(coordinates | {"teacher": "near"}, runs) == 0.1
+    assert comparison.coefficient(coordinates | {"teacher": "far"}, runs) == 1.0
+    assert comparison.coefficient(coordinates | {"teacher": "far", "kd_coef": 0.3}, runs) == 0.3
+    assert comparison.coefficient(coordinates | {"teacher": "far", "arm": "kd"}, runs) == 1.0
+    assert comparison.coefficient(coordinates | {"teacher": "far", "arm": "grpo"}, runs) == 0.0
 
 
-def as_if(found, seed):
+def as_if(runs, seed):
     """The records, those of final cells as if they were of another seed."""
     final_at = {"phase": "final"}.items()
-    return [run | {"cell": run["cell"] | {"seed": seed}} if final_at <= run["cell"].items() else run for run in found]
+    return [run | {"cell": run["cell"] | {"seed": seed}} if final_at <= run["cell"].items() else run for run in runs]
 
 
 class HandedError(Exception):
@@ -116,7 +116,7 @@ class HandedError(Exception):
 @pytest.fixture
 def handed(section, ran, monkeypatch):
     """A function of arm and seed: the run, the problems and the measurement that the loop gets."""
-    found, folder = ran
+    runs, folder = ran
 
     def fit(run, _, problems, *__, measure, **___):
         raise HandedError(run, problems, measure)
@@ -124,7 +124,7 @@ def handed(section, ran, monkeypatch):
     def of(arm, seed=SEED):
         with monkeypatch.context() as patched, pytest.raises(HandedError) as caught:
             patched.setattr(grpo, "fit", fit)
-            cells.drive(comparison, section, final(section, arm, seed), cells.place(folder, "x", as_if(found, seed)))
+            cells.drive(comparison, section, final(section, arm, seed), cells.place(folder, "x", as_if(runs, seed)))
         return caught.value.args
 
     return of
@@ -181,9 +181,9 @@ def test_prompts_go_through_all_chains_before_one_comes_again(section):
 
 
 def test_before_the_first_step_all_arms_have_the_same_completions_and_sft_has_the_teachers(ran):
-    found, _ = ran
+    runs, _ = ran
     firsts = {}
-    for run in (run for run in found if run["curve"]):
+    for run in (run for run in runs if run["curve"]):
         texts = {name: run["curve"][name][0] for name in run["curve"] if name.startswith("rollout/")}
         firsts.setdefault(json.dumps(texts), set()).add(run["cell"]["arm"])
     assert sorted(map(sorted, firsts.values())) == [sorted({*ARMS[4:], "response"}), ["rejection", "sft"]]
@@ -191,8 +191,8 @@ def test_before_the_first_step_all_arms_have_the_same_completions_and_sft_has_th
 
 def test_kd_then_rl_takes_kds_steps_up_to_its_switch_and_then_learns_from_rewards(section, ran):
     """The scores of kd, as if its third window of four were the first without a rise."""
-    found, folder = ran
-    kd = cells.pick(found, arm="kd")
+    runs, folder = ran
+    kd = cells.pick(runs, arm="kd")
     scores = [0.125, 0.25, 0.25, 0.5]
     altered = kd | {"curve": kd["curve"] | {"validation/accuracy": scores}}
     result = cells.drive(comparison, section, final(section, "kd_then_rl"), cells.place(folder, "kd", [altered]))
@@ -212,14 +212,14 @@ def test_a_trained_cells_summary_is_that_of_its_curve(section, ran):
 
 @pytest.mark.parametrize("arm", ["kdrl", "rejection", "kd_then_rl"])
 def test_a_cell_run_twice_is_the_same_to_the_bit_and_another_seed_is_not(section, ran, arm, global_generators):
-    found, folder = ran
+    runs, folder = ran
     torch.rand(11)
     before = global_generators()
-    again = cells.drive(comparison, section, final(section, arm), cells.place(folder, f"twice {arm}", found))
+    again = cells.drive(comparison, section, final(section, arm), cells.place(folder, f"twice {arm}", runs))
     assert global_generators() == before
-    run = cells.pick(found, phase="final", arm=arm)
+    run = cells.pick(runs, phase="final", arm=arm)
     assert vars(again).items() <= run.items()
-    other, where = final(section, arm, SEED + 1), cells.place(folder, f"other {arm}", as_if(found, SEED + 1))
+    other, where = final(section, arm, SEED + 1), cells.place(folder, f"other {arm}", as_if(runs, SEED + 1))
     changed = cells.drive(comparison, section, other, where)
     assert changed.curve["rollout/length"] != again.curve["rollout/length"]
 
@@ -227,14 +227,14 @@ def test_a_cell_run_twice_is_the_same_to_the_bit_and_another_seed_is_not(section
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_an_interrupted_cell_goes_on_to_the_same_bits(section, ran, stop):
     """A window ends at each step, and is saved before the next."""
-    found, folder = ran
-    where, cell = cells.place(folder, f"cut {stop}", found), final(section, "kdrl")
+    runs, folder = ran
+    where, cell = cells.place(folder, f"cut {stop}", runs), final(section, "kdrl")
     assert cells.drive(comparison, section, cell, where, kill_at=stop) is None
     assert where.state.is_file() == (stop > 1)
     torch.rand(7)
     assert next(comparison.run(cell, section, where))["step"] == stop
     resumed = cells.drive(comparison, section, cell, where)
-    assert vars(resumed).items() <= cells.pick(found, phase="final", arm="kdrl").items()
+    assert vars(resumed).items() <= cells.pick(runs, phase="final", arm="kdrl").items()
 
 
 @pytest.mark.parametrize(("arm", "name"), [("start", "student"), ("teacher", "teacher")])
@@ -246,8 +246,8 @@ def test_start_and_teacher_are_the_models_as_they_were_left(section, ran, begun,
 
 
 def test_the_choice_comes_first_and_kd_then_rl_last_and_an_arm_with_its_weight_waits_for_no_choice(section):
-    found = comparison.cells(section, (0, 1))
-    turns = [(cell.coordinates["phase"], cell.coordinates["arm"] == "kd_then_rl", cell.wave) for cell in found]
+    listed = comparison.cells(section, (0, 1))
+    turns = [(cell.coordinates["phase"], cell.coordinates["arm"] == "kd_then_rl", cell.wave) for cell in listed]
     assert set(turns) == {("selection", False, 0), ("final", False, 1), ("final", True, 2)}
     assert [turn for *_, turn in turns] == sorted(turn for *_, turn in turns)
     written = ("grpo", "kdrl 0.3", "kdrl 1.0", "k3 2e-3 from base by teacher")
@@ -264,9 +264,9 @@ def test_the_choice_comes_first_and_kd_then_rl_last_and_an_arm_with_its_weight_w
 def test_another_seed_arm_or_teacher_changes_no_cell_and_a_grid_or_a_step_all(section):
     def named(**change):
         seeds = change.pop("seeds", (0,))
-        found = comparison.cells(changed(section, **change), seeds)
-        by_name = {records.cell_name(cell.coordinates): cell for cell in found}
-        assert len(by_name) == len(found), "two cells have one record"
+        listed = comparison.cells(changed(section, **change), seeds)
+        by_name = {records.cell_name(cell.coordinates): cell for cell in listed}
+        assert len(by_name) == len(listed), "two cells have one record"
         return by_name
 
     one = named()

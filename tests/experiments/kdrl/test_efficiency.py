@@ -48,9 +48,9 @@ def test_a_loss_of_trl_and_its_gradient_are_ours(trainer, kind, seed):
 
 
 def test_another_normaliser_would_show(trainer):
-    found = [efficiency.losses(trainer, kind, seed=0)[1][1] for kind in ("grpo", "dr_grpo", "dapo")]
+    gradients = [efficiency.losses(trainer, kind, seed=0)[1][1] for kind in ("grpo", "dr_grpo", "dapo")]
     for left, right in ((0, 1), (0, 2), (1, 2)):
-        assert (found[left] - found[right]).norm() > 1e-2 * found[left].norm()
+        assert (gradients[left] - gradients[right]).norm() > 1e-2 * gradients[left].norm()
 
 
 def test_a_round_has_a_step_of_every_arm_and_leaves_torchs_generator_as_it_was():

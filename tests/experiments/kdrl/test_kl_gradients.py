@@ -42,38 +42,38 @@ def lengths(arm, sampler):
     kl = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
     reverse = [a * (math.log(a / b) - kl) for a, b in zip(q, p, strict=True)]
     forward = [a - b for a, b in zip(q, p, strict=True)]
-    found, size = by_hand(arm, sampler), math.hypot(*reverse)
-    off = [[x - y for x, y in zip(found, aim, strict=True)] for aim in ([0, 0, 0], reverse, forward)]
+    expected, size = by_hand(arm, sampler), math.hypot(*reverse)
+    off = [[x - y for x, y in zip(expected, aim, strict=True)] for aim in ([0, 0, 0], reverse, forward)]
     return [math.hypot(*x) / size for x in off]
 
 
 @pytest.mark.parametrize("arm", figure.ARMS)
 @pytest.mark.parametrize("sampler", [STUDENT, OLDER], ids=["on-policy", "off-policy"])
 def test_every_arm_has_the_gradient_that_paper_and_pencil_give_it(arm, sampler):
-    found = figure.compared(arm, STUDENT, TEACHER, sampler)
+    measured = figure.compared(arm, STUDENT, TEACHER, sampler)
     names = ("gradient/size", "gradient/to_reverse", "gradient/to_forward")
-    assert [found[name] for name in names] == pytest.approx(lengths(arm, sampler), abs=1e-12)
+    assert [measured[name] for name in names] == pytest.approx(lengths(arm, sampler), abs=1e-12)
 
 
 def test_the_spread_is_that_of_many_samples():
     """Root mean square of the distance from the mean, over 100,000 samples; four standard errors are under 2 %."""
-    found = figure.compared("k2_loss", STUDENT, TEACHER, STUDENT)["gradient/spread"]
+    spread = figure.compared("k2_loss", STUDENT, TEACHER, STUDENT)["gradient/spread"]
     source = torch.Generator().manual_seed(0)
     rows = torch.multinomial(STUDENT.softmax(0), 100_000, replacement=True, generator=source)
     scores = torch.nn.functional.one_hot(rows, 3) - STUDENT.softmax(0)
     each = (STUDENT.log_softmax(0) - TEACHER.log_softmax(0))[rows][:, None] * scores
     size = math.hypot(*by_hand("k2_loss", STUDENT))
-    assert found == pytest.approx(each.var(0).sum().sqrt().item() / size, rel=0.02)
+    assert spread == pytest.approx(each.var(0).sum().sqrt().item() / size, rel=0.02)
 
 
 def test_draws_differ_and_a_gap_only_moves_the_teacher(section, tmp_path):
-    found = {}
+    errors = {}
     for cell in figure.cells(section, ()):
         if cell.coordinates["arm"] == "k3_loss":
             result = cells.drive(figure, section, cell, cells.place(tmp_path, "run"))
-            found[cell.coordinates["sampling"], cell.coordinates["gap"]] = result.metrics["gradient/to_reverse"]
-    assert all(len(set(values)) == section.draws for values in found.values())
-    assert set(found) == {(sampling, gap) for sampling in figure.SAMPLINGS for gap in section.gaps}
+            errors[cell.coordinates["sampling"], cell.coordinates["gap"]] = result.metrics["gradient/to_reverse"]
+    assert all(len(set(values)) == section.draws for values in errors.values())
+    assert set(errors) == {(sampling, gap) for sampling in figure.SAMPLINGS for gap in section.gaps}
     near, far = (figure._drawn(section, gap, 0) for gap in (0.1, 1.0))
     assert torch.equal(near[0], far[0])
     assert torch.equal(near[2], far[2])

@@ -228,8 +228,8 @@ def test_the_own_solution_is_right_once_it_ended_and_wrong_before(each):
     with problems.word_judge(each) as judge:
         data = made(each, judge)
         for example in data.train:
-            said = f"The answer is {example.gold}"
-            words = tuple(data.tokenizer.encode(said, add_special_tokens=False))
+            text = f"The answer is {example.gold}"
+            words = tuple(data.tokenizer.encode(text, add_special_tokens=False))
             if data.tokenizer.unk_token_id in words or example.gold.startswith("-"):
                 continue
             assert data.score(example, (*words, data.end)) == 1.0
@@ -316,8 +316,8 @@ def test_scores_are_means_over_samples_and_what_cannot_be_judged_is_not_wrong(sp
         return float("1" in text)
 
     data.judge = judge
-    found = data.measure(data.model, data.train[:3], samples=2, dtype=torch.float32, seed=5)
-    assert found == pytest.approx(
+    scores = data.measure(data.model, data.train[:3], samples=2, dtype=torch.float32, seed=5)
+    assert scores == pytest.approx(
         {"accuracy": 3 / 5, "length": (3 + 2 + 2 + 3 + 3 + 3) / 6, "ended": 5 / 6, "unjudged": 1 / 6}
     )
     assert asked == [0, 0, 1, 2, 2], "what was cut needs no judge"

@@ -52,9 +52,9 @@ def cell_of(section, arm, phase="final"):
     return cell
 
 
-def check(found, section):
+def check(runs, section):
     """What every run of the experiment must have."""
-    final = {run["cell"]["arm"]: run for run in found if run["cell"]["phase"] == "final"}
+    final = {run["cell"]["arm"]: run for run in runs if run["cell"]["phase"] == "final"}
     assert list(final) == sorted(section.arms, key=lambda arm: final[arm]["wave"])
     for arm, run in final.items():
         assert set(run["metrics"]) >= SCORES
@@ -62,18 +62,18 @@ def check(found, section):
         assert bool(run["curve"]) == bool(run["trainable_parameters"]) == (arm not in ("start", "teacher"))
         for name in ("validation/accuracy", "rollout/tokens", "rollout/reward") if run["curve"] else ():
             assert len(run["curve"][name]) == section.loop.steps
-    curves = [json.dumps(run["curve"]) for run in found if run["curve"]]
+    curves = [json.dumps(run["curve"]) for run in runs if run["curve"]]
     assert len(set(curves)) == len(curves), "two arms took the same steps"
     return final
 
 
 def test_the_smoke_section_runs_and_needs_no_asset(ran):
-    found, folder, section = ran
-    assert found[0]["cell"] == {"phase": "teacher", "arm": "teacher", "seed": 0}
+    runs, folder, section = ran
+    assert runs[0]["cell"] == {"phase": "teacher", "arm": "teacher", "seed": 0}
     assert (folder / FILE).is_file()
-    assert "validation/accuracy" in found[0]["metrics"]
-    assert len(found[0]["curve"]["loss/ce"]) == section.further_steps
-    final = check(found, section)
+    assert "validation/accuracy" in runs[0]["metrics"]
+    assert len(runs[0]["curve"]["loss/ce"]) == section.further_steps
+    final = check(runs, section)
     assert final["kd_then_rl"]["metrics"]["kd/switch"] == 2.0, "nothing rose"
     assert all(cell.inputs["assets"] == [] for cell in real_model.cells(section, (0,)))
     own = {run["curve"]["rollout/length"][0] for arm, run in final.items() if run["curve"] and arm != "rejection"}
@@ -115,8 +115,8 @@ def test_with_trained_layers_0_all_parameters_are_trained(section, tmp_path):
 
 @pytest.mark.parametrize(("phase", "arm"), [("teacher", "teacher"), ("final", "kdrl")])
 def test_a_killed_cell_goes_on_to_the_same_bits(ran, tmp_path, phase, arm):
-    found, folder, section = ran
-    whole = cells.pick(found, phase=phase, arm=arm)
+    runs, folder, section = ran
+    whole = cells.pick(runs, phase=phase, arm=arm)
     if phase == "final":
         (tmp_path / FILE).write_bytes((folder / FILE).read_bytes())
     cell, where = cell_of(section, arm, phase), cells.place(tmp_path, "cut")
@@ -168,8 +168,8 @@ def test_cells_have_the_seeds_that_were_asked_for_and_an_added_seed_changes_none
 
 def test_what_is_only_measured_is_sampled_anew_for_every_seed(ran):
     _, folder, section = ran
-    found = real_model.cells(changed(section, replicates=3), (0, 1, 2))
-    every = [cell for cell in found if cell.coordinates["arm"] == "start"]
+    listed = real_model.cells(changed(section, replicates=3), (0, 1, 2))
+    every = [cell for cell in listed if cell.coordinates["arm"] == "start"]
     results = [cells.drive(real_model, section, cell, cells.place(folder, "x")) for cell in every]
     assert len({result.metrics["test/length"] for result in results}) > 1
 
@@ -233,8 +233,8 @@ def pair(tmp_path_factory):
 @pytest.mark.slow
 def test_the_paper_section_runs_on_a_pair_of_qwen2_from_folders_with_math_verify(pair, tmp_path):
     pytest.importorskip("math_verify")
-    found = cells.run_all(real_model, pair, tmp_path)
-    final = check(found, pair)
+    runs = cells.run_all(real_model, pair, tmp_path)
+    final = check(runs, pair)
     assert set(final) == set(pair.arms) >= {"grpo", "kd", "kdrl", "annealed"}
     rewards = [reward for run in final.values() for reward in run["curve"].get("rollout/reward", [])]
     assert any(0 < reward < 1 for reward in rewards), "a run without rewards tests little"

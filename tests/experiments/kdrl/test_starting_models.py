@@ -14,10 +14,10 @@ from limbeck.experiments.kdrl.problems import Chains
 
 
 def test_the_weights_that_a_model_leaves_have_the_scores_of_its_record(starts, begun):
-    found, folder = begun
+    runs, folder = begun
     assert {file.name for file in folder.glob("*.safetensors")} == {f"{name}.safetensors" for name in starts.names}
     data = Chains(starts.chains)
-    for run in found:
+    for run in runs:
         model = starting_models.trained(starts, data, folder, run["cell"]["arm"])
         assert data.test_scores(model, seed=0, dtype=torch.float32) == run["metrics"]
         assert sum(parameter.numel() for parameter in model.parameters()) == run["trainable_parameters"]
@@ -38,39 +38,39 @@ def test_weights_of_other_parameters_are_refused(starts, begun, tmp_path):
         starting_models.trained(starts, Chains(starts.chains), tmp_path, "base")
 
 
-def first_loss(section, data, model, at):
+def first_loss(section, data, model, index):
     """The mean over tokens of a first batch, row by row."""
-    prompts, solutions = starting_models.worked(section, data, at)
+    prompts, solutions = starting_models.worked(section, data, index)
     lengths = torch.tensor([len(x) + len(y) for x, y in zip(prompts, solutions, strict=True)])
-    options = {"size": section.start_batch, "steps": 1, "seed": section.start_seeds[at]}
-    (rows,), said = starting_models.batches(lengths, **options), []
+    options = {"size": section.start_batch, "steps": 1, "seed": section.start_seeds[index]}
+    (rows,), logs = starting_models.batches(lengths, **options), []
     for row in rows.tolist():
         logprobs = model(torch.tensor([[*prompts[row], *solutions[row]]])).logits[0].log_softmax(-1)
-        said += [logprobs[len(prompts[row]) - 1 + t, token] for t, token in enumerate(solutions[row])]
-    return -torch.stack(said).mean().item()
+        logs += [logprobs[len(prompts[row]) - 1 + t, token] for t, token in enumerate(solutions[row])]
+    return -torch.stack(logs).mean().item()
 
 
 def test_a_model_goes_on_from_the_one_that_it_begins_with(starts, begun):
-    found, folder = begun
+    runs, folder = begun
     data = Chains(starts.chains)
-    for at, begin in enumerate(starts.begins):
+    for index, begin in enumerate(starts.begins):
         with torch.no_grad():
             if begin == "nothing":
-                model = starting_models.drawn(starts, data, starts.start_seeds[at])
+                model = starting_models.drawn(starts, data, starts.start_seeds[index])
             else:
                 model = starting_models.trained(starts, data, folder, begin)
-            expected = first_loss(starts, data, model, at)
-        assert found[at]["curve"]["loss/ce"][0] == pytest.approx(expected, abs=1e-5)
+            expected = first_loss(starts, data, model, index)
+        assert runs[index]["curve"]["loss/ce"][0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_interrupted_model_goes_on_to_the_same_bits(starts, begun, tmp_path):
-    found, folder = begun
+    runs, folder = begun
     (tmp_path / "base.safetensors").write_bytes((folder / "base.safetensors").read_bytes())
     cell, where = starting_models.cells(starts, ())[2], cells.place(tmp_path, "cut")
     assert cells.drive(starting_models, starts, cell, where, kill_at=3) is None
     assert not (tmp_path / "student.safetensors").exists()
     torch.rand(7)
-    assert vars(cells.drive(starting_models, starts, cell, where)).items() <= found[2].items()
+    assert vars(cells.drive(starting_models, starts, cell, where)).items() <= runs[2].items()
     assert (tmp_path / "student.safetensors").read_bytes() == (folder / "student.safetensors").read_bytes()
 
 
@@ -84,18 +84,18 @@ def test_matrices_are_scaled_and_norms_are_not(starts):
 def test_a_model_comes_in_the_turn_after_the_one_that_it_begins_with(starts):
     changes = {"begins": ("nothing", "teacher", "base")}
     for section, turns in ((starts, [0, 0, 1]), (changed(starts, **changes), [0, 1, 2])):
-        found = starting_models.cells(section, (5, 6))
-        assert [cell.wave for cell in found] == turns
-        assert [cell.checkpoint_files for cell in found] == [(f"{name}.safetensors",) for name in section.names]
-        assert {cell.coordinates["seed"] for cell in found} == {0}
+        listed = starting_models.cells(section, (5, 6))
+        assert [cell.wave for cell in listed] == turns
+        assert [cell.checkpoint_files for cell in listed] == [(f"{name}.safetensors",) for name in section.names]
+        assert {cell.coordinates["seed"] for cell in listed} == {0}
 
 
 def test_models_learn_from_the_training_chains_of_all_families_each_in_its_own_style(starts):
     data = Chains(starts.chains)
     examples = [example for part in data.family_train.values() for example in part]
     shares = []
-    for at in range(3):
-        prompts, solutions = starting_models.worked(starts, data, at)
+    for index in range(3):
+        prompts, solutions = starting_models.worked(starts, data, index)
         assert prompts == [data.problem(example).prompt for example in examples]
         shares.append(statistics.fmean(map(data.score, examples, solutions)))
         assert all(solution.count(data.end) == 1 and solution[-1] == data.end for solution in solutions)
@@ -107,15 +107,15 @@ def test_models_learn_from_the_training_chains_of_all_families_each_in_its_own_s
 def test_batches_go_through_all_rows_before_one_comes_again_and_hold_rows_of_like_length(global_generators):
     lengths = torch.randint(5, 60, (320,), generator=seeding.generator(0, "lengths"))
     before = global_generators()
-    found = starting_models.batches(lengths, size=8, steps=100, seed=1)
+    drawn = starting_models.batches(lengths, size=8, steps=100, seed=1)
     assert global_generators() == before
-    assert len(found) == 100
-    for epoch in (found[:40], found[40:80]):
+    assert len(drawn) == 100
+    for epoch in (drawn[:40], drawn[40:80]):
         assert sorted(torch.cat(epoch).tolist()) == list(range(320))
-    spans = [(lengths[rows].max() - lengths[rows].min()).item() for rows in found]
+    spans = [(lengths[rows].max() - lengths[rows].min()).item() for rows in drawn]
     assert statistics.fmean(spans) < 55 / 8
     again, other = (starting_models.batches(lengths, size=8, steps=100, seed=seed) for seed in (1, 2))
-    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
-    assert not all(torch.equal(x, y) for x, y in zip(found, other, strict=True))
-    means = [lengths[rows].double().mean().item() for rows in found[:40]]
+    assert all(torch.equal(x, y) for x, y in zip(drawn, again, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(drawn, other, strict=True))
+    means = [lengths[rows].double().mean().item() for rows in drawn[:40]]
     assert means != sorted(means)

@@ -106,7 +106,7 @@ def test_the_first_training_sees_its_classes_but_the_held_out_part_and_leaves_al
     trained = {image.numpy().tobytes() for part in seen if isinstance(part, tuple) for image in part[0]}
     assert len(tested) == section.first.first_held * 5
     assert not tested & trained
-    assert trained < {image.numpy().tobytes() for image in images.at(torch.arange(len(images)))}
+    assert trained < {image.numpy().tobytes() for image in images.select(torch.arange(len(images)))}
     assert {int(s) for part in seen if isinstance(part, tuple) for s in part[1].flatten()} == {-1, 0, 1}
 
     model, fresh = (vision.load("vit-1x32x14", classes=5, seed=3) for _ in range(2))

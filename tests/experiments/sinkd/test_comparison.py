@@ -40,10 +40,10 @@ def ran(section, tmp_path_factory):
     return cells.run_all(comparison, section, folder, (SEED,)), folder
 
 
-def chosen_multiple(found, arm, student):
+def chosen_multiple(measured, arm, student):
     """The multiple with the highest mean validation score."""
     where = {"phase": "selection", "arm": arm, "student": student}
-    return runs.best(found, where, "multiple", ["validation/score"], highest=[True])
+    return runs.best(measured, where, "multiple", ["validation/score"], highest=[True])
 
 
 def names(section):
@@ -51,79 +51,79 @@ def names(section):
 
 
 def cell_at(section, **coordinates):
-    found = comparison.cells(section, (SEED,))
-    (cell,) = [cell for cell in found if coordinates.items() <= cell.coordinates.items()]
+    every = comparison.cells(section, (SEED,))
+    (cell,) = [cell for cell in every if coordinates.items() <= cell.coordinates.items()]
     return cell
 
 
 def test_the_whole_experiment_runs_and_every_score_is_a_share(section, ran):
-    found, folder = ran
-    assert len(found) == 2 * (1 + 4 * 2 + 1 + 5)
+    measured, folder = ran
+    assert len(measured) == 2 * (1 + 4 * 2 + 1 + 5)
     assert {file.name for file in folder.glob("*.safetensors")} == {
-        leaf for run in found for leaf in run["checkpoint_files"]
+        leaf for run in measured for leaf in run["checkpoint_files"]
     }
-    for run in found:
+    for run in measured:
         assert all(0 <= value <= 1 for name, value in run["metrics"].items() if name != "loss/weight")
         terms = {"ce"} if run["cell"]["arm"] in ("ce", "teacher") else set(run["cell"]["arm"].split("+"))
         assert set(run["curve"]) == {f"loss/{term}" for term in terms} | {"optimiser/gradient_norm"}
-    losses = [json.dumps(run["curve"]) for run in found if run["cell"]["phase"] == "final"]
+    losses = [json.dumps(run["curve"]) for run in measured if run["cell"]["phase"] == "final"]
     assert len(set(losses)) == len(losses), "two arms took the same steps"
 
 
 def test_a_final_cell_at_the_selections_seed_and_texts_takes_the_steps_of_the_chosen_cell(section, ran):
     """So its weights, all of them, are those of the chosen records of its own task, at one multiple for both tasks."""
-    found, _ = ran
+    measured, _ = ran
     for arm in ARMS[1:]:
-        multiple = chosen_multiple(found, arm, "first-2")
+        multiple = chosen_multiple(measured, arm, "first-2")
         for task in names(section):
-            chosen = cells.pick(found, phase="selection", arm=arm, task=task, multiple=multiple)
-            final = cells.pick(found, phase="final", arm=arm, task=task)
+            chosen = cells.pick(measured, phase="selection", arm=arm, task=task, multiple=multiple)
+            final = cells.pick(measured, phase="final", arm=arm, task=task)
             assert final["curve"] == chosen["curve"]
             assert final["metrics"]["loss/weight"] == chosen["metrics"]["loss/weight"]
-            other = cells.pick(found, phase="selection", arm=arm, task=task, multiple=31.0 - multiple)
+            other = cells.pick(measured, phase="selection", arm=arm, task=task, multiple=31.0 - multiple)
             ratio = chosen["metrics"]["loss/weight"] / other["metrics"]["loss/weight"]
             assert ratio == pytest.approx(multiple / (31.0 - multiple), rel=1e-9), "a weight is not a multiple of one"
 
 
 def test_a_task_takes_the_multiple_that_is_best_over_all_tasks_and_not_its_own(section, ran):
-    found, folder = ran
+    measured, folder = ran
     one, other = names(section)
     said = {(one, 1.0): 0.25, (one, 30.0): 0.75, (other, 1.0): 1.0, (other, 30.0): 0.0}
     altered = []
-    for run in (run for run in found if run["cell"]["phase"] == "selection"):
+    for run in (run for run in measured if run["cell"]["phase"] == "selection"):
         score = said[run["cell"]["task"], run["cell"]["multiple"]]
         altered.append(run | {"metrics": run["metrics"] | {"validation/score": score}})
-    chosen = cells.pick(found, phase="selection", arm="ce+kl", task=one, multiple=1.0)
+    chosen = cells.pick(measured, phase="selection", arm="ce+kl", task=one, multiple=1.0)
     cell = cell_at(section, phase="final", arm="ce+kl", task=one)
     assert cells.drive(comparison, section, cell, cells.place(folder, "altered", altered)).curve == chosen["curve"]
 
 
 def test_the_selection_of_a_third_term_holds_kl_at_its_chosen_weight(section, ran):
     """At the first step all students are the same, so KL's part of the loss tells its weight."""
-    found, _ = ran
-    multiple = chosen_multiple(found, "ce+kl", "first-2")
+    measured, _ = ran
+    multiple = chosen_multiple(measured, "ce+kl", "first-2")
     for task in names(section):
-        kl = cells.pick(found, phase="selection", arm="ce+kl", task=task, multiple=multiple)
+        kl = cells.pick(measured, phase="selection", arm="ce+kl", task=task, multiple=multiple)
         for tried in section.multiples:
-            third = cells.pick(found, phase="selection", arm="ce+kl+sinkhorn", task=task, multiple=tried)
+            third = cells.pick(measured, phase="selection", arm="ce+kl+sinkhorn", task=task, multiple=tried)
             assert third["curve"]["loss/kl"][0] == kl["curve"]["loss/kl"][0]
 
 
 def test_kl_named_twice_counts_with_the_sum_of_two_chosen_weights(section, ran):
-    found, _ = ran
+    measured, _ = ran
     for task in names(section):
-        once, twice = (cells.pick(found, phase="final", arm=arm, task=task) for arm in ("ce+kl", "ce+kl+kl"))
+        once, twice = (cells.pick(measured, phase="final", arm=arm, task=task) for arm in ("ce+kl", "ce+kl+kl"))
         weights = [run["metrics"]["loss/weight"] for run in (once, twice)]
         ratio = twice["curve"]["loss/kl"][0] / once["curve"]["loss/kl"][0]
         assert ratio == pytest.approx(sum(weights) / weights[0], rel=1e-5)
 
 
 def test_the_assistant_is_deeper_and_its_kl_has_the_students_multiple_of_its_own_matched_weight(section, ran, tmp_path):
-    found, folder = ran
-    multiple = chosen_multiple(found, "ce+kl", "first-2")
+    measured, folder = ran
+    multiple = chosen_multiple(measured, "ce+kl", "first-2")
     for task, name in zip(section.tasks, names(section), strict=True):
-        assistant = cells.pick(found, phase="assistant", task=name)
-        assert assistant["trainable_parameters"] > cells.pick(found, arm="ce", task=name)["trainable_parameters"]
+        assistant = cells.pick(measured, phase="assistant", task=name)
+        assert assistant["trainable_parameters"] > cells.pick(measured, arm="ce", task=name)["trainable_parameters"]
         outputs = load_file(folder / distillation.outputs_file(task))
         where = cells.place(tmp_path, "run")
         run = distillation.start(section.setup, task, where, seed=0, student=section.assistant)
@@ -133,11 +133,11 @@ def test_the_assistant_is_deeper_and_its_kl_has_the_students_multiple_of_its_own
 
 @pytest.mark.parametrize(("arm", "reads"), [("ce+takd", "assistant"), ("ce+kl", "teacher"), ("ce", None)])
 def test_takd_learns_from_the_assistants_logits_and_others_from_the_teachers(section, ran, tmp_path, arm, reads):
-    found, folder = ran
-    found = [run for run in found if run["cell"]["phase"] != "final"]
+    measured, folder = ran
+    measured = [run for run in measured if run["cell"]["phase"] != "final"]
     task = names(section)[0]
     cell = cell_at(section, phase="final", arm=arm, task=task)
-    before = cells.drive(comparison, section, cell, cells.place(folder, "again", found)).curve
+    before = cells.drive(comparison, section, cell, cells.place(folder, "again", measured)).curve
     shutil.rmtree(folder / "again")
     for source in ("teacher", "assistant"):
         changed = tmp_path / source
@@ -146,18 +146,18 @@ def test_takd_learns_from_the_assistants_logits_and_others_from_the_teachers(sec
         held = load_file(file)
         read = "train" if source == "teacher" else source
         save_file(held | {read: held[read].flip(0).contiguous()}, file)
-        after = cells.drive(comparison, section, cell, cells.place(changed, "run", found)).curve
+        after = cells.drive(comparison, section, cell, cells.place(changed, "run", measured)).curve
         assert (after != before) == (source == reads), source
 
 
 def test_a_cell_run_twice_is_the_same_to_the_bit_whatever_the_global_generators_hold(section, ran, tmp_path):
-    found, folder = ran
+    measured, folder = ran
     teacher, *_, final = comparison.cells(section, (SEED,))
-    earlier = [run for run in found if run["wave"] < final.wave]
+    earlier = [run for run in measured if run["wave"] < final.wave]
     for cell, where in ((teacher, tmp_path), (final, folder)):
         torch.rand(11)
         again = cells.drive(comparison, section, cell, cells.place(where, "twice", earlier))
-        assert vars(again).items() <= cells.pick(found, **cell.coordinates).items()
+        assert vars(again).items() <= cells.pick(measured, **cell.coordinates).items()
     (file,) = teacher.checkpoint_files
     assert (tmp_path / file).read_bytes() == (folder / file).read_bytes()
     other = dataclasses.replace(final, coordinates=final.coordinates | {"seed": SEED + 1})
@@ -167,10 +167,10 @@ def test_a_cell_run_twice_is_the_same_to_the_bit_whatever_the_global_generators_
 @pytest.fixture
 def watched(section, ran):
     """The same section with its students watched, a cell of it, and a place for it by name."""
-    found, folder = ran
+    measured, folder = ran
     section = cells.changed(section, watch=True)
     cell = cell_at(section, phase="final", arm="ce+kl+sinkhorn", task=names(section)[0])
-    earlier = [run for run in found if run["wave"] < cell.wave]
+    earlier = [run for run in measured if run["wave"] < cell.wave]
     return section, cell, lambda name: cells.place(folder, name, earlier)
 
 
@@ -217,7 +217,7 @@ def test_the_choice_is_the_best_mean_over_tasks_of_a_student_and_of_equals_the_s
         ("selection", "ce+kl", "random-2", "a"): {0.25: 0.875, 3.0: 0.75, 1.0: 0.5, 10.0: 0.5},
         ("selection", "ce+kl+kl", "first-2", "a"): {0.25: 0.5, 3.0: 0.75, 1.0: 0.5, 10.0: 1.0},
     }
-    found = [
+    measured = [
         {
             "cell": {"phase": phase, "arm": arm, "student": student, "task": task, "multiple": multiple},
             "metrics": {"validation/score": score},
@@ -225,10 +225,10 @@ def test_the_choice_is_the_best_mean_over_tasks_of_a_student_and_of_equals_the_s
         for (phase, arm, student, task), tried in scores.items()
         for multiple, score in tried.items()
     ]
-    found += [{"cell": {"phase": "final", "arm": "ce+kl", "student": "first-2", "seed": 0}, "metrics": {}}]
-    assert chosen_multiple(found, "ce+kl", "first-2") == 1.0
-    assert chosen_multiple(found, "ce+kl", "random-2") == 0.25
-    assert chosen_multiple(found, "ce+kl+kl", "first-2") == 10.0
+    measured += [{"cell": {"phase": "final", "arm": "ce+kl", "student": "first-2", "seed": 0}, "metrics": {}}]
+    assert chosen_multiple(measured, "ce+kl", "first-2") == 1.0
+    assert chosen_multiple(measured, "ce+kl", "random-2") == 0.25
+    assert chosen_multiple(measured, "ce+kl+kl", "first-2") == 10.0
 
 
 def test_terms_are_chosen_in_their_order_and_takd_after_its_assistant():
@@ -239,9 +239,9 @@ def test_terms_are_chosen_in_their_order_and_takd_after_its_assistant():
 
 
 def by_name(section, seeds=(0,)):
-    found = comparison.cells(section, seeds)
-    named = {records.cell_name(cell.coordinates): cell for cell in found}
-    assert len(named) == len(found), "two cells have one record"
+    every = comparison.cells(section, seeds)
+    named = {records.cell_name(cell.coordinates): cell for cell in every}
+    assert len(named) == len(every), "two cells have one record"
     return named
 
 
@@ -275,10 +275,10 @@ def test_every_cell_of_long_arms_and_of_assisted_ones_comes_after_all_that_it_re
 
 
 def comes_after_all_that_it_reads(section):
-    found = by_name(section, (0, 1))
+    by_cell = by_name(section, (0, 1))
     turns = {
         tuple(cell.coordinates.get(key) for key in ("phase", "task", "student", "arm")): cell.wave
-        for cell in found.values()
+        for cell in by_cell.values()
     }
     for (phase, task, student, arm), turn in turns.items():
         if phase == "teacher":
@@ -332,9 +332,16 @@ def test_the_paper_profile_runs_on_data_with_glues_columns(task, tiny_bert, tmp_
     small = cells.SMALL | {"split_sizes": (-1, 8, -1), "selection_texts": 16, "multiples": (1.0,)}
     names = {"model": tiny_bert, "tasks": (f"glue/{task}@{tmp_path / 'glue'}",), "students": ("first-2",)}
     section = cells.changed(committed, **small | names)
-    found = cells.run_all(comparison, section, tmp_path)
-    assert [run["cell"]["phase"] for run in found] == ["teacher", "selection", "selection", "final", "final", "final"]
-    outputs = load_file(tmp_path / found[0]["checkpoint_files"][0])
+    measured = cells.run_all(comparison, section, tmp_path)
+    assert [run["cell"]["phase"] for run in measured] == [
+        "teacher",
+        "selection",
+        "selection",
+        "final",
+        "final",
+        "final",
+    ]
+    outputs = load_file(tmp_path / measured[0]["checkpoint_files"][0])
     assert [len(outputs[split]) for split in ("train", "validation", "test")] == [32, 8, 16]
     right = [example.label == "1" for example in classification.splits(section.tasks[0], (-1, 8, -1), seed=0)[2]]
     said = outputs["test"].argmax(-1).bool().tolist()
@@ -346,5 +353,5 @@ def test_the_paper_profile_runs_on_data_with_glues_columns(task, tiny_bert, tmp_
     product = (both + wrong) * (both + missed) * (neither + wrong) * (neither + missed)
     matthews = (both * neither - wrong * missed) / product**0.5
     expected = matthews if task == "cola" else 2 * both / (2 * both + wrong + missed)
-    assert found[0]["metrics"]["test/score"] == pytest.approx(expected)
+    assert measured[0]["metrics"]["test/score"] == pytest.approx(expected)
     assert expected > 0.3

@@ -43,20 +43,20 @@ def shared(section):
 
 def test_the_whole_experiment_runs_and_every_arm_takes_its_chosen_weights(table, tmp_path):
     module, section = table
-    found = cells.run_all(module, section, tmp_path)
+    measured = cells.run_all(module, section, tmp_path)
     section, added = shared(section), len(shared(section).arms) - 1
-    assert len(found) == 1 + added * len(section.multiples) + len(section.arms)
+    assert len(measured) == 1 + added * len(section.multiples) + len(section.arms)
     assert (tmp_path / TEACHER).is_file()
-    for run in found:
+    for run in measured:
         assert all(0 <= value <= 1 for name, value in run["metrics"].items() if not name.startswith("weight/"))
-    final = {run["cell"]["arm"]: run for run in found if run["cell"]["phase"] == "final"}
+    final = {run["cell"]["arm"]: run for run in measured if run["cell"]["phase"] == "final"}
     kl = final["ce+kl"]["metrics"]["weight/kl"]
     for arm, run in final.items():
         weights = {name.removeprefix("weight/") for name in run["metrics"] if name.startswith("weight/")}
         assert weights == set(arm.split("+")[1:])
         assert run["metrics"].get("weight/kl", kl) == kl, "KL's weight is not held at its choice"
         assert set(run["curve"]) == {f"loss/{term}" for term in arm.split("+")} | {"optimiser/gradient_norm"}
-    first = [(run["curve"]["loss/kl"][0], run["metrics"]["weight/kl"]) for run in found if run["wave"] == 1]
+    first = [(run["curve"]["loss/kl"][0], run["metrics"]["weight/kl"]) for run in measured if run["wave"] == 1]
     assert len({weight for _, weight in first}) == len(section.multiples)
     assert [loss / weight for loss, weight in first] == pytest.approx([first[0][0] / first[0][1]] * len(first))
     losses = [tuple(run["curve"]["loss/ce"]) for run in final.values()]
@@ -113,7 +113,7 @@ def test_a_section_that_cannot_be_run_is_refused(table, change, message):
 
 def test_the_choice_is_the_best_on_validation_and_of_equals_the_smallest_multiple():
     scores = {1.0: 0.7, 0.1: 0.5, 3.0: 0.7}
-    found = [
+    measured = [
         {
             "cell": {"phase": phase, "arm": arm, "multiple": multiple},
             "metrics": {"validation/accuracy": score + bonus, "weight/kl": 10 * multiple},
@@ -121,7 +121,7 @@ def test_the_choice_is_the_best_on_validation_and_of_equals_the_smallest_multipl
         for phase, arm, bonus in (("selection", "ce+kl", 0), ("selection", "ce+kl+sinkhorn_answer", 0.2))
         for multiple, score in scores.items()
     ]
-    assert generation.chosen_weights(found, "ce+kl") == {"kl": 10.0}
+    assert generation.chosen_weights(measured, "ce+kl") == {"kl": 10.0}
 
 
 @pytest.fixture
@@ -243,6 +243,6 @@ def test_the_papers_architectures_run_from_folders_on_a_data_set_like_superglue(
     small |= {"split_sizes": (16, 8, 8), "teacher_epochs": 1, "epochs": 1, "multiples": (1.0,), "selection_texts": 8}
     if name == "table_decoder":
         small["teacher_trained_layers"] = 1
-    found = cells.run_all(module, cells.changed(committed, **small), tmp_path / "runs")
-    assert len(found) == 2 * len(shared(committed).arms)
-    assert all("test/accuracy" in run["metrics"] for run in found if run["cell"]["phase"] == "final")
+    measured = cells.run_all(module, cells.changed(committed, **small), tmp_path / "runs")
+    assert len(measured) == 2 * len(shared(committed).arms)
+    assert all("test/accuracy" in run["metrics"] for run in measured if run["cell"]["phase"] == "final")

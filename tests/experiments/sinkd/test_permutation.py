@@ -19,11 +19,11 @@ def ran(section, tmp_path_factory):
 
 
 def test_every_arm_learns_from_its_own_rows_and_from_moved_ones(section, ran):
-    found, _ = ran
-    arms = [(run["cell"]["arm"], run["cell"]["rows"], run["cell"]["seed"]) for run in found]
+    measured, _ = ran
+    arms = [(run["cell"]["arm"], run["cell"]["rows"], run["cell"]["seed"]) for run in measured]
     students = [(arm, rows, seed) for seed in (0, 1) for arm in section.arms for rows in ("own", "moved")]
     assert arms == [("teacher", "own", section.setup.loop.teacher_seed), *students]
-    for run in found[1:]:
+    for run in measured[1:]:
         assert set(run["curve"]) == {f"loss/{run['cell']['arm']}", "optimiser/gradient_norm"}, "no labels"
         assert set(run["metrics"]) == {"test/score", "test/agreement"}
 
@@ -60,10 +60,10 @@ def test_a_moved_row_is_shown_the_outputs_of_the_row_before_it_in_the_batch(sect
 
 
 def test_students_of_own_and_moved_rows_start_alike_and_part_only_if_the_loss_sees_the_order(section, ran):
-    found, _ = ran
+    measured, _ = ran
     for arm in section.arms:
         own, moved = (
-            cells.pick(found, arm=arm, rows=rows, seed=0)["curve"][f"loss/{arm}"] for rows in ("own", "moved")
+            cells.pick(measured, arm=arm, rows=rows, seed=0)["curve"][f"loss/{arm}"] for rows in ("own", "moved")
         )
         if arm == "sinkhorn":
             assert own == pytest.approx(moved, rel=1e-4)  # three steps carry the rounding of the first

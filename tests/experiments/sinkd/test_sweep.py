@@ -24,16 +24,16 @@ def ran(section, tmp_path_factory):
 
 
 def test_every_axis_has_its_values_but_the_centres_and_arms_without_transport_the_centre_alone(section, ran):
-    found = [tuple(run["cell"][key] for key in ("axis", "value", "arm")) for run in ran[0]]
+    coordinates = [tuple(run["cell"][key] for key in ("axis", "value", "arm")) for run in ran[0]]
     centre = [("centre", 0, arm) for arm in ("ce", "ce+kl", "ce+kl+sinkhorn")]
     expected = {("teacher", 0, "teacher"), *centre, *((*pair, "ce+kl+sinkhorn") for pair in VALUES.items())}
-    assert set(found) == expected
-    assert len(found) == len(expected)
+    assert set(coordinates) == expected
+    assert len(coordinates) == len(expected)
 
 
 @pytest.mark.parametrize("axis", sweep.AXES)
 def test_a_setting_is_the_centre_of_a_section_that_has_its_value_there(section, ran, axis, tmp_path):
-    found, folder = ran
+    measured, folder = ran
     moved = cells.changed(section, **{axis: VALUES[axis]})
     (cell,) = [
         cell
@@ -41,7 +41,7 @@ def test_a_setting_is_the_centre_of_a_section_that_has_its_value_there(section, 
         if {"axis": "centre", "arm": "ce+kl+sinkhorn"}.items() <= cell.coordinates.items()
     ]
     result = cells.drive(sweep, moved, cell, cells.place(folder, axis))
-    setting, centre = (cells.pick(found, axis=name, arm="ce+kl+sinkhorn") for name in (axis, "centre"))
+    setting, centre = (cells.pick(measured, axis=name, arm="ce+kl+sinkhorn") for name in (axis, "centre"))
     assert vars(result).items() <= setting.items()
     assert setting["curve"] != centre["curve"], f"{axis} moves nothing"
     assert setting["curve"]["loss/kl"][0] == centre["curve"]["loss/kl"][0], f"{axis} moves KL"
@@ -49,9 +49,9 @@ def test_a_setting_is_the_centre_of_a_section_that_has_its_value_there(section, 
 
 def test_each_added_term_has_its_strength_times_the_weight_that_matches_ces_gradient(section, ran):
     """A strength of KL doubled at the centre doubles its part of the first step's loss, and no other part."""
-    found, folder = ran
-    matched = cells.pick(found, axis="centre", arm="ce+kl+sinkhorn")
-    strong = cells.pick(found, axis="strength", value=10.0)
+    measured, folder = ran
+    matched = cells.pick(measured, axis="centre", arm="ce+kl+sinkhorn")
+    strong = cells.pick(measured, axis="strength", value=10.0)
     ratio = 10.0 / section.strength
     assert strong["metrics"]["loss/weight"] == pytest.approx(ratio * matched["metrics"]["loss/weight"], rel=1e-12)
     double = cells.changed(section, kl_strength=2 * section.kl_strength)

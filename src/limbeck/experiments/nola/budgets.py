@@ -121,12 +121,12 @@ def _loaded(name: str) -> images.Images:
 
 def splits(settings: Settings, classes: Sequence[int]) -> dict[str, Split]:
     """Train, validation and test: other images of the same classes, drawn by the data's own seed."""
-    whole = _loaded(settings.data).of(classes)
+    whole = _loaded(settings.data).only(classes)
     source, among, by_name = seeding.generator(settings.data_seed, "split"), ~whole.held, {}
     for name in ("train", "validation", "test"):
         rows = images.choose(whole.labels, among, getattr(settings, f"{name}_size"), source)
         among[rows] = False
-        by_name[name] = Split(F.avg_pool2d(whole.at(rows), settings.pool), whole.labels[rows])
+        by_name[name] = Split(F.avg_pool2d(whole.select(rows), settings.pool), whole.labels[rows])
     return by_name
 
 

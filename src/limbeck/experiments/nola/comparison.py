@@ -121,8 +121,10 @@ def _untrained(model: Model, decoder: FrozenDecoder, params: Params, seed: int) 
 
 
 def _size(model: Model) -> dict[str, float]:
-    parameters, taken = arms.trainable_count(model), bytes_on_disk(model)
-    return {"storage/parameters": float(parameters), "storage/bytes": float(taken)}
+    return {
+        "storage/parameters": float(arms.trainable_count(model)),
+        "storage/bytes": float(bytes_on_disk(model)),
+    }
 
 
 def bytes_on_disk(model: Model) -> int:

@@ -198,7 +198,7 @@ def shots(section: Params, panel: Panel, *, phase: str, subset: int) -> Shots:
 
 
 class Learner:
-    """A model before adaptation, and how it is taught and scored on one run's images."""
+    """A model before adaptation, and how it learns and is scored on one run's images."""
 
     def __init__(self, section: Params, panel: Panel, shots: Shots, workspace: Workspace, seed: int) -> None:
         self.section, self.panel, self.shots, self.seed = section, panel, shots, seed
@@ -239,7 +239,7 @@ class Learner:
         return hits / len(self.shots.scored)
 
     def _seen(self, rows: Tensor) -> Tensor:
-        return vision.prepared(self.panel.model, self.shots.images.at(rows).to(self.device), self.side)
+        return vision.prepared(self.panel.model, self.shots.images.select(rows).to(self.device), self.side)
 
     def _logits(self, rows: Tensor) -> Tensor:
         with models.autocast(self.device, self.dtype):

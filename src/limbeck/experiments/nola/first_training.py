@@ -41,7 +41,7 @@ class FirstTraining:
 def data(name: str, side: int, classes: tuple[int, ...] = ()) -> Images:
     """A data set, or some of its classes, read once."""
     whole = images.load(name, side)
-    return whole.of(classes) if classes else whole
+    return whole.only(classes) if classes else whole
 
 
 def file_of(name: str) -> str:
@@ -81,7 +81,7 @@ def train(
     model = vision.load(name, classes=known.classes, seed=SEED).to(workspace.device)
 
     def loss(rows: Tensor) -> supervised.Terms:
-        moved = shifted(known.at(rows[:, 0]), rows[:, 1:], settings.first_shift)
+        moved = shifted(known.select(rows[:, 0]), rows[:, 1:], settings.first_shift)
         seen = vision.prepared(name, moved, vision.SIDE).to(workspace.device)
         labels = known.labels[rows[:, 0]].to(workspace.device)
         return {"loss/ce": F.cross_entropy(vision.logits(model, seen), labels)}
@@ -92,7 +92,7 @@ def train(
     curve = yield from supervised.fit(parameters, loss, batches, learning_rate=settings.first_rate, **options)
     resume.write_tensors(workspace.checkpoints / file_of(name), dict(model.named_parameters()))
     with torch.no_grad():
-        seen = vision.prepared(name, known.at(held), vision.SIDE).to(workspace.device)
+        seen = vision.prepared(name, known.select(held), vision.SIDE).to(workspace.device)
         guesses = vision.logits(model, seen).argmax(-1).cpu()
     accuracy = (guesses == known.labels[held]).double().mean().item()
     return result({"first/accuracy": accuracy}, curve, weights=parameters)

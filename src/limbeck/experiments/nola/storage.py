@@ -127,11 +127,11 @@ def config(coordinates: dict[str, str | int], params: Params) -> PeftConfig:
     if coordinates["arm"] != "nola":
         return LoraConfig(r=int(str(coordinates["arm"])[-1]), target_modules=targets, **conv)
     if family == "gpt2":
-        place = {"target_modules": targets, "fused_slices": {"c_attn": ("q", "v")}}
+        matrices = {"target_modules": targets, "fused_slices": {"c_attn": ("q", "v")}}
     else:
-        place = {"target_modules": ["fc1", "fc2"] if family == "vit" else targets}
+        matrices = {"target_modules": ["fc1", "fc2"] if family == "vit" else targets}
     bits = None if coordinates["bits"] == FLOAT else coordinates["bits"]
-    return NolaConfig(r=params.rank, num_basis=coordinates["basis"], quant_bits=bits, **place)
+    return NolaConfig(r=params.rank, num_basis=coordinates["basis"], quant_bits=bits, **matrices)
 
 
 def attached(model: str, adapter: PeftConfig) -> PeftModel:
