@@ -394,3 +394,52 @@ def test_every_experiment_and_every_exhibit_has_a_digest_and_the_committed_ones_
         assert {path.stem for path in (paths.NOTEBOOKS / paper).glob("*.ipynb")} <= set(everything[paper])
         assert {f"{name}-train" for name in digests.experiments(paper)} <= set(everything[paper])
     assert json.loads(digests.FILE.read_text()) == everything, "run `make pipeline`"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("RATE = RATE", "RATE = RATE + 0"),  # the body
+        ("value / 2", "value"),  # behind a field that is named like its module
+        ("weight: float", "weight: int"),  # behind a quoted annotation
+        ("RATE = 3", "RATE = 4"),  # behind a name that the body binds anew
+    ],
+)
+def test_what_a_name_of_a_class_stood_for_before_its_body_bound_it_is_reached(package, old, new):
+    text = (
+        "from limbeck.losses import bottom\nfrom limbeck.losses.bottom import RATE\n\nclass Inner:\n    weight: float\n"
+    )
+    text += "\nclass Params:\n    RATE = RATE\n    bottom: bottom.half\n    inner: 'Inner'\n"
+    text += "\ndef run():\n    return Params\n"
+    before = package(top=text)
+    assert package(**{"top": text.replace(old, new), "losses/bottom": BOTTOM.replace(old, new)}) != before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def run():\n    global a\n    a = 1\n", "global statement"),
+        ("from .losses import bottom\n\ndef run():\n    return bottom\n", "absolute import of names"),
+        ("from limbeck.losses.bottom import *\n\ndef run():\n    return half\n", "absolute import of names"),
+        (
+            "from limbeck.losses.bottom import half\nhalf = half\n\ndef run():\n    return half\n",
+            "imports and defines half",
+        ),
+        ("def run():\n    import json as a\n    import ast as a\n    return a\n", "imports a twice"),
+        ("import sys\n\ndef run():\n    return sys.modules\n", "sys.modules reaches cannot be read"),
+    ],
+)
+def test_a_name_of_which_the_text_does_not_say_one_meaning_is_an_error(package, text, words):
+    with pytest.raises(ValueError, match=words):
+        package(top=text)
+
+
+def test_the_order_of_effects_a_table_written_beside_a_name_and_an_else_for_machines_count(package):
+    run = "\ndef run():\n    return TABLE\n"
+    one, other = "TABLE = {}\nTABLE['a'] = 1\nTABLE['a'] = 2\n", "TABLE = {}\nTABLE['a'] = 2\nTABLE['a'] = 1\n"
+    assert package(top=one + run) != package(top=other + run)
+    beside = "TABLE = {}\nTABLE['a'] = y = 1\n" + run
+    assert package(top=beside) != package(top=beside.replace("= 1", "= 2"))
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import json\nelse:\n    TABLE = 1\n" + run
+    assert package(top=typed) != package(top=typed.replace("= 1", "= 2"))
+    assert package(top="S, *TABLE = 1, 2\n" + run) != package(top="*TABLE, S = 1, 2\n" + run)

@@ -15,6 +15,7 @@ from limbeck import paths
 
 PACKAGE = "limbeck"
 _KNOWN = {*dir(builtins), "__file__", "__name__", "__class__", "__doc__"}
+_BLOCKS = ast.If | ast.Try | ast.TryStar | ast.For | ast.While | ast.With | ast.Match
 Functions = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -53,6 +54,17 @@ class Module:
     effects: list[ast.stmt] = field(default_factory=list)
 
 
+@dataclass(eq=False)
+class Scope:
+    """One function, lambda or comprehension (`numbers` of its locals, in order of appearance), or a class's body."""
+
+    bound: set[str]
+    is_class: bool = False
+    has_outsiders: bool = False
+    numbers: dict[str, int] = field(default_factory=dict)
+    imports: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+
+
 def module_file(module: str) -> Path | None:
     """The source file of a module of the package, or None if the name is not a module (but, say, a function)."""
     stem = paths.ROOT / "src" / Path(*module.split("."))
@@ -77,13 +89,15 @@ def _parsed(module: str, file: Path, _modified: int) -> Module:
     content = Module(module)
     for statement in _flat(ast.parse(file.read_text(encoding="utf-8")).body):
         if isinstance(statement, ast.Import | ast.ImportFrom):
-            content.imports |= imported(statement)
+            bind(content.imports, imported(statement), module)
             continue
         names = bound_names([statement])
         for name in names:
             content.statements.setdefault(name, []).append(statement)
-        if not names or isinstance(statement, ast.If | ast.Try | ast.For | ast.While | ast.With):
+        if not names or isinstance(statement, _BLOCKS) or not _is_plain(statement):
             content.effects.append(statement)
+    if twice := sorted(set(content.imports) & set(content.statements)):
+        raise ValueError(f"{module} both imports and defines {', '.join(twice)}; expected one meaning for a name")
     content.effects += [node for nodes in content.statements.values() for node in nodes if _is_entered(content, node)]
     return content
 
@@ -93,7 +107,7 @@ def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     for statement in body:
         test = ast.unparse(statement.test) if isinstance(statement, ast.If) else ""
         if test in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            yield from _flat(statement.body)
+            yield from _flat([*statement.body, *statement.orelse])
         elif test != "__name__ == '__main__'" and not is_text(statement):
             yield statement
 
@@ -101,6 +115,12 @@ def _flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def is_text(statement: ast.stmt) -> bool:
     """Whether a statement is a docstring or another bare constant."""
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _is_plain(statement: ast.stmt) -> bool:
+    """Whether a binding does no more: `TABLE["x"] = y = 1` writes into a table too."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    return not any(isinstance(node, ast.Subscript | ast.Attribute) for part in targets for node in ast.walk(part))
 
 
 def _is_entered(content: Module, statement: ast.stmt) -> bool:
@@ -112,13 +132,25 @@ def _is_entered(content: Module, statement: ast.stmt) -> bool:
 
 
 def imported(statement: ast.Import | ast.ImportFrom) -> dict[str, tuple[str, str | None]]:
-    """The names that an import binds, each with the module and the attribute that it stands for."""
+    """The names that an import binds, each with the module and the attribute that it stands for.
+
+    Raises ValueError for a relative import or one of all names, whose meaning does not stand there.
+    """
     if isinstance(statement, ast.ImportFrom):
+        if statement.level or any(alias.name == "*" for alias in statement.names):
+            raise ValueError(f"expected an absolute import of names, got `{ast.unparse(statement)}`")
         return {alias.asname or alias.name: (statement.module, alias.name) for alias in statement.names}
     return {
         alias.asname or alias.name.split(".")[0]: (alias.name if alias.asname else alias.name.split(".")[0], None)
         for alias in statement.names
     }
+
+
+def bind(imports: dict[str, tuple[str, str | None]], names: dict[str, tuple[str, str | None]], where: str) -> None:
+    """Add imported names. Raises ValueError for one that stands for something else already."""
+    for name, target in names.items():
+        if imports.setdefault(name, target) != target:
+            raise ValueError(f"{where} imports {name} twice, as {imports[name]} and as {target}; expected one meaning")
 
 
 def bound_names(body: Sequence[ast.AST]) -> list[str]:

@@ -7,6 +7,9 @@ the effects of their modules and of the packages these lie in, and files of the 
 
 An experiment's roots are its `run`, `cells` and `Params`, and the half of the ledger that runs a cell. They are found
 by the experiment's name, as the ledger finds them; an exhibit's root is the code of its notebook's cells.
+
+Not seen: which of two classes, or of two tables, that are written alike is meant; what a module does that is imported
+for its effect alone; names of classes and functions read at run time; parameters reached by words that no text has.
 """
 
 import ast
@@ -131,7 +134,10 @@ class _Closure:
 
 def members(package: Package) -> list[Definition]:
     """All that a module defines: where the module is handed on as a value, any of it may be reached."""
-    return [Definition(package.module, name) for name in definitions.read(package.module).statements]
+    content = definitions.read(package.module)
+    handed_on = [definitions.follow(*source) for source in content.imports.values()]
+    own = [Definition(package.module, name) for name in content.statements]
+    return [*own, *(target for target in handed_on if isinstance(target, Definition))]
 
 
 def _target(part: normal_form.Part) -> Definition | Package | None:
@@ -142,7 +148,8 @@ def _target(part: normal_form.Part) -> Definition | Package | None:
 def _digest(roots: list[Definition], texts: list[str | NormalForm]) -> str:
     closure = _Closure(roots, texts)
     hashes = _hashes(closure)
-    effects = sorted({_hash(form, hashes, closure.words) for forms in closure.effects.values() for form in forms})
+    by_module = ([_hash(form, hashes, closure.words) for form in forms] for forms in closure.effects.values())
+    effects = sorted({own[0] if len(own) == 1 else _sha256(own) for own in by_module if own})  # in order within one
     written = [text if isinstance(text, str) else _hash(text, hashes, closure.words) for text in closure.texts]
     return _sha256([*(hashes[root] for root in roots), *written, *effects])
 

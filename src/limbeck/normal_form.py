@@ -1,8 +1,8 @@
 """A definition's syntax with all that does not matter taken out, as text and references.
 
-Out go names of locals (numbered instead), docstrings, `pass`, comments, layout, aliases of imports and the definition's
-own name; a reference to a definition of the package stays a reference, so that what it is called and where it lies
-drop out too. Annotations of functions and variables drop out, but what they name is a reference all the same.
+Out go names of locals (numbered instead), docstrings, comments, layout, aliases of imports and the definition's name; a
+reference to a definition of the package stays one, so that what it is called and where it lies drop out too.
+Annotations of functions and variables drop out, but what they name is a reference all the same.
 
 A parameter may be reached by its name (`f(rate=1)`, `f(**options)`), so it stays in the text as a `Parameter`: its name
 counts only where some reached code could spell it. Methods of a class with a base outside the package may be called by
@@ -10,14 +10,15 @@ anybody, so the names of their parameters always count.
 """
 
 import ast
+import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from limbeck import definitions
-from limbeck.definitions import Definition, External, Functions, Package, Target
+from limbeck.definitions import Definition, External, Functions, Package, Scope, Target
 
-_OPAQUE = {"eval", "exec", "globals", "locals", "__import__", "importlib.import_module"}
+_OPAQUE = {"eval", "exec", "globals", "locals", "__import__", "importlib.import_module", "sys.modules"}
 _PLAIN_BASES = {"object", "typing.Protocol", "typing.NamedTuple", "typing.Generic", "enum.Enum", "abc.ABC"}
 _COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
@@ -72,23 +73,12 @@ def _written(module: str, name: str, statements: tuple[ast.stmt, ...]) -> Normal
     return NormalForm(tuple(writer.parts), frozenset(writer.words))
 
 
-@dataclass(eq=False)
-class _Scope:
-    """One function, lambda or comprehension (`numbers` of its locals, in order of appearance), or a class's body."""
-
-    bound: set[str]
-    is_class: bool = False
-    has_outsiders: bool = False
-    numbers: dict[str, int] = field(default_factory=dict)
-    imports: dict[str, tuple[str, str | None]] = field(default_factory=dict)
-
-
 class _Writer:
     def __init__(self, module: str, name: str) -> None:
         self.module, self.name = module, name
         self.parts: list[Part] = []
         self.words: set[str] = set()
-        self.scopes: list[_Scope] = []
+        self.scopes: list[Scope] = []
 
     def top(self, statement: ast.stmt) -> None:
         match statement:
@@ -96,10 +86,9 @@ class _Writer:
                 self.function(statement, exact=False)
             case ast.ClassDef():
                 self.class_(statement)
-            case ast.Assign(targets=[ast.Name()], value=value):
-                self.node(value)
             case ast.Assign(targets=targets, value=value) if self.name:
-                self.parts.append(" ".join(self._place(target) for target in targets))
+                alone = len(targets) == 1 and isinstance(targets[0], ast.Name)
+                self.parts += [] if alone else [" ".join(map(self._place, targets))]
                 self.node(value)
             case ast.AugAssign(target=ast.Name(), op=op, value=value):
                 self.parts.append(f"{type(op).__name__}=")
@@ -110,6 +99,8 @@ class _Writer:
     def _place(self, target: ast.expr) -> str:
         if isinstance(target, ast.Tuple | ast.List):
             return f"({','.join(map(self._place, target.elts))})"
+        if isinstance(target, ast.Starred):
+            return f"*{self._place(target.value)}"
         return "*" if isinstance(target, ast.Name) and target.id == self.name else "_"
 
     def node(self, node: ast.AST) -> None:
@@ -131,19 +122,20 @@ class _Writer:
             case ast.Import() | ast.ImportFrom():
                 if not self.scopes:
                     raise ValueError(f"{self.module}: expected imports at the top or in a function, got one in a block")
-                self.scopes[-1].imports |= definitions.imported(node)
+                definitions.bind(self.scopes[-1].imports, definitions.imported(node), self.module)
             case ast.Constant():
                 self.words |= {node.value} if isinstance(node.value, str) and node.value.isidentifier() else set()
                 self.parts.append(f"{type(node.value).__name__}:{node.value!r}")
-            case ast.Pass() | ast.Global() | ast.Nonlocal():
-                pass  # of the latter two every name says by itself where it is bound
+            case ast.Pass() | ast.Nonlocal():
+                pass  # of the latter every name says by itself where it is bound
+            case ast.Global():
+                raise ValueError(f"{self.module}: received a global statement, expected none: it hides what is bound")
             case _:
                 self.fields(node)
 
     def fields(self, node: ast.AST) -> None:
         self.parts.append(f"({type(node).__name__}")
-        if isinstance(node, ast.keyword) and node.arg:
-            self.words.add(node.arg)
+        self.words |= {node.arg} if isinstance(node, ast.keyword) and node.arg else set()
         for name, value in ast.iter_fields(node):
             if name in ("ctx", "kind", "type_comment") or value is None:
                 continue
@@ -176,11 +168,8 @@ class _Writer:
             if name in scope.imports:
                 return definitions.follow(*scope.imports[name])
             if name in scope.bound:
-                return (
-                    f"class.{name}"
-                    if scope.is_class
-                    else f"{depth}.{scope.numbers.setdefault(name, len(scope.numbers))}"
-                )
+                number = scope.numbers.setdefault(name, len(scope.numbers))
+                return f"class.{name}" if scope.is_class else f"{depth}.{number}"
         return definitions.resolve(self.module, name)
 
     def binding(self, name: str) -> str:
@@ -194,7 +183,10 @@ class _Writer:
             chain.insert(0, base.attr)
             base = base.value
         if isinstance(base, ast.Name):
-            self.reference(self.lookup(base.id), chain)
+            target = self.lookup(base.id)
+            if isinstance(base.ctx, ast.Load) and isinstance(target, str) and target.startswith("class."):
+                self.outside(base.id, list(chain))
+            self.reference(target, chain)
         else:
             self.node(base)
             self.parts.append("".join(f".{name}" for name in chain))
@@ -208,8 +200,14 @@ class _Writer:
                 raise ValueError(f"{self.module}, {self.name}: what {dotted} reaches cannot be read from the text")
             self.parts.append(f"<{dotted}>")
             return
-        self.parts.append(f"<{target}>" if isinstance(target, str) else target)
-        self.parts.append("".join(f".{name}" for name in chain))
+        self.parts += [f"<{target}>" if isinstance(target, str) else target, "".join(f".{name}" for name in chain)]
+
+    def outside(self, name: str, chain: list[str]) -> None:
+        """What a name stands for until a class's body binds it, if for anything: `part: part.Part`."""
+        scopes, self.scopes = self.scopes, self.scopes[:-1]
+        with contextlib.suppress(ValueError):
+            self.reference(self.lookup(name), chain)
+        self.scopes = scopes
 
     def function(self, node: Functions, *, exact: bool) -> None:
         self.parts.append(type(node).__name__)
@@ -225,7 +223,7 @@ class _Writer:
         for annotation in (*(argument.annotation for argument in annotated), getattr(node, "returns", None)):
             self.annotation(annotation)
         bound = {argument.arg for argument in annotated} | set(definitions.bound_names(body))
-        self.scopes.append(_Scope(bound))
+        self.scopes.append(Scope(bound))
         for kind, part in zip(("/", "", "*"), parts, strict=True):
             for argument in part:
                 self.parts.append(f"{kind}{self.lookup(argument.arg)}")
@@ -240,7 +238,7 @@ class _Writer:
         """The first iterable in the scope around, the rest in a scope of its own."""
         self.parts.append(f"({type(node).__name__}")
         targets = [name for part in node.generators for name in ast.walk(part.target)]
-        scope = _Scope({name.id for name in targets if isinstance(name, ast.Name)})
+        scope = Scope({name.id for name in targets if isinstance(name, ast.Name)})
         for part in node.generators:
             self.node(part.iter)
             if scope not in self.scopes:
@@ -259,7 +257,7 @@ class _Writer:
         self.body(node.decorator_list)
         self.body([*node.bases, *node.keywords])
         outsiders = any(map(self._is_outsider, node.bases))
-        self.scopes.append(_Scope(set(definitions.bound_names(node.body)), is_class=True, has_outsiders=outsiders))
+        self.scopes.append(Scope(set(definitions.bound_names(node.body)), is_class=True, has_outsiders=outsiders))
         self.body(node.body)
         self.scopes.pop()
 
@@ -281,19 +279,22 @@ class _Writer:
         if self.scopes and self.scopes[-1].is_class:
             self.words |= {node.target.id} if isinstance(node.target, ast.Name) else set()
             self.parts.append("Field ")
-            self.node(node.annotation)
+            self.node(_unquoted(node.annotation))
             self.fields(assigned)
-            return
-        self.annotation(node.annotation)
-        if node.value is not None:
-            self.node(assigned) if self.scopes else self.top(assigned)
+        else:
+            self.annotation(node.annotation)
+            if node.value is not None:
+                self.node(assigned) if self.scopes else self.top(assigned)
 
     def annotation(self, node: ast.expr | None) -> None:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            node = ast.parse(node.value, mode="eval").body
-        if node is None:
-            return
         writer = _Writer(self.module, self.name)
         writer.scopes = self.scopes
-        writer.node(node)
+        if node is not None:
+            writer.node(_unquoted(node))
         self.parts += [Named(part) for part in writer.parts if isinstance(part, Definition | Package)]
+
+
+def _unquoted(annotation: ast.expr) -> ast.expr:
+    """An annotation that is written as a text, read."""
+    text = getattr(annotation, "value", None) if isinstance(annotation, ast.Constant) else None
+    return ast.parse(text, mode="eval").body if isinstance(text, str) else annotation
