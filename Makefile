@@ -62,7 +62,7 @@ bench: $(READY)  ## time the losses and the loop against their alternatives, eac
 reseal: $(READY)  ## renew the records' hashes after a change of code that changes no number: shown here, to the bit
 	python -m limbeck.assets
 	python -m limbeck.assets efficientnet_lite0
-	python -m limbeck.workflow.reseal || refused=1; python -m limbeck.workflow.lock; test -z "$${refused:-}"
+	python -m limbeck.workflow.reseal || refused=1; python -m limbeck.digests; python -m limbeck.workflow.lock; test -z "$${refused:-}"
 
 lab: $(READY)  ## JupyterLab on localhost
 	jupyter lab --ip=127.0.0.1 notebooks

@@ -24,6 +24,18 @@ def test_an_entry_is_told_in_one_line_for_its_own_profile_alone(write):
     assert line == "The records of table_main are of earlier code (commit abc): a fault.\n"
 
 
+def test_a_training_takes_its_own_entry_off_and_leaves_the_others_and_the_head(write, tmp_path):
+    entry = "{commit: c, reason: r}"
+    write(f"# Head.\ndefault/p/one: {entry}\nfull/p/one: {entry}\n")
+    records.end_awaiting("default/p/other")
+    assert set(records.awaiting()) == {"default/p/one", "full/p/one"}
+    records.end_awaiting("default/p/one")
+    assert records.awaiting() == {"full/p/one": {"commit": "c", "reason": "r"}}
+    assert (tmp_path / "awaiting.yaml").read_text().startswith("# Head.\n")
+    records.end_awaiting("full/p/one")
+    assert records.awaiting() == {}
+
+
 @pytest.mark.parametrize("text", ["a/b: {commit: c, reason: r}", "a/b/c: {commit: c}", "a/b/c: c"])
 def test_an_entry_of_another_form_is_named(write, text):
     write(text)

@@ -117,6 +117,16 @@ def awaiting() -> dict[str, dict[str, Any]]:
     return entries
 
 
+def end_awaiting(name: str) -> None:
+    """Take an experiment, profile/paper/experiment, off data/awaiting.yaml; what is not listed changes nothing."""
+    file = paths.DATA / "awaiting.yaml"
+    if name in (entries := awaiting()):
+        head = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        rest = {other: entry for other, entry in entries.items() if other != name}
+        body = yaml.safe_dump(rest, sort_keys=False, width=120) if rest else ""
+        replace_text(file, "\n".join([*head, body]))
+
+
 def awaiting_line(paper: str, experiment: str, profile: str) -> str:
     """What an exhibit says of records that await a training; nothing of others."""
     entry = awaiting().get(f"{profile}/{paper}/{experiment}")

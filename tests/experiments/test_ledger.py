@@ -261,3 +261,13 @@ def test_a_helper_ends_when_the_process_that_it_helps_is_gone(experiment):
     with pytest.raises(SystemExit, match="is gone"):
         ledger.Ledger("p", "toy", "default").work(parent=-1)
     assert experiment.go()[0] == ALL
+
+
+def test_an_experiment_whose_every_cell_was_run_awaits_nothing_any_more(experiment):
+    paths.DATA.mkdir()
+    (paths.DATA / "awaiting.yaml").write_text("default/p/toy: {commit: abc, reason: earlier code}\n")
+    experiment.go()
+    assert records.awaiting() == {}
+    assert ledger.Ledger("p", "toy", "default").is_of_this_code()
+    experiment.code = "other"
+    assert not ledger.Ledger("p", "toy", "default").is_of_this_code()

@@ -150,6 +150,29 @@ def test_of_each_phase_one_cell_is_compared_the_one_whose_curve_tells_most(seale
     assert chosen == [next(iter(held)), list(held)[2]]  # nothing to train, and the most told of what was trained
 
 
+def test_a_text_that_neither_a_phase_nor_the_smoke_section_has_is_compared_too(sealed):
+    cells = [
+        dataclasses.replace(cell, coordinates={"phase": "p", **cell.coordinates, "model": model})
+        for cell in sealed.ledger.cells
+        for model in ("small", "large", "huge")
+    ]
+    sealed.ledger.cells = cells
+    record = next(iter(sealed.records.values()))
+    chosen = reseal.chosen_cells(dataclasses.replace(sealed, records=dict.fromkeys(map(spelled, cells), record)))
+    assert [cells[n].coordinates["model"] for n in range(3)] == ["small", "large", "huge"]
+    assert chosen == [spelled(cell) for cell in cells[:3]]
+
+
+def spelled(cell):
+    return probe.spelled(cell.coordinates)
+
+
+def test_a_renewal_in_a_clone_without_checkpoints_makes_no_folder_of_them(sealed):
+    sealed.ledger.renew({"old 0": "new"})
+    assert not sealed.ledger.checkpoints.exists()
+    assert [record["hash"] for record in sealed.ledger.measured().values()][:2] == ["new", "old 1"]
+
+
 def test_a_cell_is_shown_the_committed_records_of_the_waves_before_its_own(tmp_path):
     ledger = Ledger("sinkd", "table_encoder", "smoke")
     cell = ledger.cells[-1]

@@ -154,6 +154,21 @@ def test_a_change_makes_stale_exactly_what_depends_on_it(copy, name, old, new, e
 
 
 @pytest.mark.slow
+def test_the_lock_takes_no_records_of_other_code(copy):
+    code, kept = copy / "src" / "limbeck" / "tasks" / "chain_sum.py", ("digests.json", "dvc.lock")
+    before = {file: file.read_text() for file in (code, *(copy / name for name in kept))}
+    try:
+        code.write_text(before[code].replace("_POOL = 4", "_POOL = 5"))
+        digest(copy)
+        command = [sys.executable, "-m", "limbeck.workflow.lock"]
+        subprocess.run(command, cwd=copy, env=tree.environment(copy), check=True)
+        assert stale(copy) - {"digests"} == training(KDRL) - {"kdrl-fig_kl_gradients-train"}
+    finally:
+        for file, text in before.items():
+            file.write_text(text)
+
+
+@pytest.mark.slow
 def test_a_changed_section_makes_only_its_experiment_stale(copy):
     def change(text):
         sections = yaml.safe_load(text)

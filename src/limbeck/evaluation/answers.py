@@ -1,6 +1,6 @@
 """Classification in words: a language model reads a prompt and is asked for one of several answers.
 
-`answer_logits` is teacher forcing on the right answer; `predictions` is rank classification: the answer with the
+`answer_states` is teacher forcing on the right answer; `predictions` is rank classification: the answer with the
 largest sum of token log-probabilities, over the whole vocabulary, wins. Both read the model at answer positions only,
 and only there the head is computed, since a vocabulary of 50,000 words costs more than the layers of a small model.
 """

@@ -1,6 +1,6 @@
 """The papers' statements, and the verdicts on them from what we measured.
 
-A statement carries a rule written before any run (`limbeck.rules`). Measurements are paired replicate by replicate and
+A statement carries a rule written before any run (`exhibits.rules`). Measurements are paired replicate by replicate and
 meet the rule as a Student t interval, at the confidence that Holm's procedure leaves it among its neighbours. Five
 words come out: agrees, agrees in direction, inconclusive, disagrees, not tested. No verdict is typed by hand.
 """

@@ -160,12 +160,21 @@ class Ledger:
         with self._merging():
             self._write({cell: record for cell, record in self.measured().items() if cell in named})
             self._list(self.settled() & {self.hash(cell) for cell in self.cells})
+        if self.is_of_this_code():
+            records.end_awaiting("{profile}/{paper}/{experiment}".format(**self.identity))
         shutil.rmtree(self.resume, ignore_errors=True)
+
+    def is_of_this_code(self) -> bool:
+        """Whether every cell has a record that carries its hash."""
+        measured = self.measured()
+        hashes = {records.cell_key(cell.coordinates): self.hash(cell) for cell in self.cells}
+        return {key: record["hash"] for key, record in measured.items()} == hashes
 
     def renew(self, hashes: dict[str, str]) -> None:
         """Give the settled cells and the records that have these hashes their new ones: a reseal's last step."""
         with self._merging():
-            self._list({hashes.get(one, one) for one in self.settled()})
+            if settled := self.settled():  # a clone without checkpoints gets no folder of them
+                self._list({hashes.get(one, one) for one in settled})
             measured = self.measured()
             self._write({key: run | {"hash": hashes.get(run["hash"], run["hash"])} for key, run in measured.items()})
 

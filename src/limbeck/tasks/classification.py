@@ -106,7 +106,7 @@ def splits(name: str, sizes: Sequence[int], *, seed: int) -> list[list[Example]]
 
 
 def metric(name: str) -> str:
-    """What a data set is scored by, as `evaluation.score` names it: accuracy, unless GLUE says otherwise."""
+    """What a data set is scored by, as `evaluation.classifier.score` names it: accuracy, unless GLUE says otherwise."""
     return glue.metric(name) if name.startswith(glue.PREFIX) else "accuracy"
 
 

@@ -70,5 +70,5 @@ def parts(name: str) -> list[list[tuple[str, str, str | None]]]:
 
 
 def metric(name: str) -> str:
-    """The metric of a task, as `evaluation.score` names it."""
+    """The metric of a task, as `evaluation.classifier.score` names it."""
     return TASKS[task_and_folder(name, TASKS)[0]].metric

@@ -80,8 +80,8 @@ def run(path: Path, given: dict[str, Any]) -> Path:
             f"{', '.join(changed)} changed while {name} ran; its results may mix old and new: run it again"
         )
     results = paths.RESULTS / parameters["profile"]
-    provenance = _provenance(before, seconds)
-    records.replace_text(results / "provenance" / path.parent.name / f"{name}.json", provenance)
+    place = results / "provenance" / path.parent.name / f"{name}.json"
+    records.replace_text(place, _provenance(before, seconds, place))
     executed = raw if "experiment" in parameters else results / "executed" / path.parent.name / path.name
     records.replace_text(executed, canonical(nbformat.read(raw, as_version=4)))
     return executed
@@ -104,7 +104,9 @@ def canonical(notebook: nbformat.NotebookNode) -> str:
     return nbformat.writes(notebook) + "\n"
 
 
-def _provenance(inputs: dict[str, str], seconds: float) -> str:
+def _provenance(inputs: dict[str, str], seconds: float, place: Path) -> str:
+    """Commit, versions, machine, seconds, the checksum of every input; the reseals that were told there stay."""
+    told = json.loads(place.read_text()) if place.is_file() else {}
     versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     packages = ("torch", "transformers", "datasets", "peft", "POT", "numpy", "scipy", "pandas", "matplotlib", "dvc")
     return (
@@ -117,6 +119,7 @@ def _provenance(inputs: dict[str, str], seconds: float) -> str:
                 "versions": {name: versions[name] for name in packages if name in versions},
                 "machine": machine(),
                 "inputs": inputs,
+                **({"resealed": told["resealed"]} if "resealed" in told else {}),
             },
             indent=1,
             sort_keys=True,

@@ -45,7 +45,7 @@ def workspace(*values: Any) -> Any:
 
 
 def wave(cell: Any) -> int:
-    """When a cell's turn comes."""
+    """When a cell's wave comes."""
     return cell.wave if hasattr(cell, "wave") else cell.turn
 
 
@@ -159,7 +159,7 @@ class Probe:
         return json.loads(json.dumps(vars(result) | {"files": contents}))
 
     def _earlier(self, experiment: str, cell: Any) -> list[Report]:
-        """The records of earlier turns: those that the request has, else those of the cells that were run."""
+        """The records of earlier waves: those that the request has, else those of the cells that were run."""
         ledger = self.ledger(experiment)
         if experiment == self.request["experiment"] and self.request["records"] is not None:
             earlier = [other.coordinates for other in ledger.cells if wave(other) < wave(cell)]

@@ -148,7 +148,7 @@ def _hashes_match(sealed: Sealed, tree: Path) -> bool:
 
 def requests(sealed: Sealed) -> dict[str, Record]:
     """`smoke`: every cell of the smoke section, whole; `real`: the chosen cells of the records' own section, after the
-    committed records of the turns before theirs.
+    committed records of the waves before theirs.
 
     The older code runs in float32 where all records are of it: that `precision: auto` meant other things on other
     processors then is no change of theirs.
@@ -167,18 +167,32 @@ def _names(sealed: Sealed) -> Record:
 
 
 def chosen_cells(sealed: Sealed) -> list[str]:
-    """One cell for each phase, by turn and dtype, trained or not: the one whose curve tells most, the first of equals.
+    """One cell for each phase, by wave and dtype, trained or not: the one whose curve tells most, the first of equals.
 
-    Where there are no phases, axes stand for them, and where there are no axes, arms.
+    Where there are no phases, axes stand for them, and where there are no axes, arms. Then the first cell of each text
+    among the coordinates (an arm, a model, a task) that neither these nor the cells of the smoke section have.
     """
     groups: dict[tuple, list[str]] = collections.defaultdict(list)
+    texts: dict[str, set[tuple[str, str]]] = {}
     for cell in sealed.ledger.cells:
         name = probe.spelled(cell.coordinates)
         if name in sealed.records:
             coordinates, record = cell.coordinates, sealed.records[name]
             phase = coordinates.get("phase", coordinates.get("axis", coordinates.get("arm")))
             groups[probe.wave(cell), phase, record["dtype"], bool(record["curve"])].append(name)
-    return [max(names, key=lambda name: len(sealed.records[name]["curve"])) for names in groups.values()]
+            texts[name] = _texts(coordinates)
+    chosen = [max(names, key=lambda name: len(sealed.records[name]["curve"])) for names in groups.values()]
+    smoke = Ledger(sealed.paper, sealed.experiment, "smoke").cells
+    seen = set().union(*(_texts(cell.coordinates) for cell in smoke), *(texts[name] for name in chosen))
+    for name, own in texts.items():
+        if own - seen:
+            chosen.append(name)
+            seen |= own
+    return chosen
+
+
+def _texts(coordinates: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(name, value) for name, value in coordinates.items() if isinstance(value, str)}
 
 
 def _compared(request: Record, sealed: Sealed, commit: str, tree_of: Any) -> dict[str, dict[str, Record]]:
