@@ -236,7 +236,7 @@ def test_an_unknown_experiment_is_named(sealed):
 @pytest.mark.slow
 def test_a_renamed_local_renews_and_a_changed_constant_is_named_and_renews_nothing(tmp_path):
     root = tree.copy(tmp_path / "copy")
-    code = root / "src" / "limbeck" / "experiments" / "sinkd" / "line.py"
+    code = root / "src" / "limbeck" / "experiments" / "sinkd" / "toy_divergences.py"
     identity = {f"GIT_{who}_{what}": "t@t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
     def call(*command):
