@@ -159,18 +159,25 @@ def test_a_change_makes_stale_exactly_what_depends_on_it(copy, name, old, new, e
 
 
 @pytest.mark.slow
-def test_the_lock_takes_no_records_of_other_code(copy):
-    code, kept = copy / "src" / "limbeck" / "tasks" / "chain_sum.py", ("digests.json", "dvc.lock")
-    before = {file: file.read_text() for file in (code, *(copy / name for name in kept))}
+@pytest.mark.parametrize(
+    ("name", "old", "new", "expected"),
+    [
+        ("src/limbeck/tasks/chain_sum.py", "_POOL = 4", "_POOL = 5", training(KDRL) - {"kdrl-fig_kl_gradients-train"}),
+        ("src/limbeck/exhibits/figures.py", "#8a8a8a", "#8a8a8b", DRAW),
+        ("data/claims/sinkd.yaml", "id: encoder-kl-over-ce", "id: encoder-kl-before-ce", SINKD),
+    ],
+)
+def test_the_lock_takes_neither_records_of_other_code_nor_exhibits_drawn_otherwise(copy, name, old, new, expected):
+    before = {file: (copy / file).read_text() for file in (name, "digests.json", "dvc.lock", "pipelines/full/dvc.lock")}
     try:
-        code.write_text(before[code].replace("_POOL = 4", "_POOL = 5"))
+        (copy / name).write_text(before[name].replace(old, new, 1))
         digest(copy)
         command = [sys.executable, "-m", "limbeck.workflow.lock"]
         subprocess.run(command, cwd=copy, env=tree.environment(copy), check=True)
-        assert stale(copy) - {"digests"} == training(KDRL) - {"kdrl-fig_kl_gradients-train"}
+        assert stale(copy) == expected
     finally:
         for file, text in before.items():
-            file.write_text(text)
+            (copy / file).write_text(text)
 
 
 @pytest.mark.slow
