@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -19,6 +20,19 @@ FRONT = paths.ROOT / "README.md"
 PAGES = sorted(
     page for folder in (".", "docs", "results", "notebooks", "data") for page in (paths.ROOT / folder).glob("*.md")
 )
+MEASURED = [  # a number of the findings, and the row of an exhibit's table whose mean it is
+    ("0.22", "default/sinkd/fig_permutation", {"arm": "sinkhorn", "rows": "own", "metric": "test/score"}),
+    ("0.64", "default/sinkd/fig_permutation", {"arm": "kl", "rows": "own", "metric": "test/score"}),
+    ("3.09", "default/nola/table_text", {"arm": "none", "metric": "validation/loss"}),
+    ("2.31", "default/nola/table_text", {"arm": "nola_fifth", "metric": "validation/loss"}),
+    ("2.12", "default/nola/table_text", {"arm": "lora_1", "metric": "validation/loss"}),
+    ("0.874", "default/kdrl/table_main", {"arm": "kdrl", "metric": "test/accuracy"}),
+    ("0.863", "default/kdrl/table_main", {"arm": "kd", "metric": "test/accuracy"}),
+    ("0.860", "default/kdrl/table_main", {"arm": "grpo", "metric": "test/accuracy"}),
+    ("0.892", "default/kdrl/table_main", {"arm": "rejection", "metric": "test/accuracy"}),
+    ("0.10", "full/kdrl/fig_teacher_distance", {"arm": "kdrl", "teacher": "terse", "metric": "test/accuracy"}),
+    ("0.86", "full/kdrl/fig_teacher_distance", {"arm": "grpo", "teacher": "teacher", "metric": "test/accuracy"}),
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 
 
@@ -116,6 +130,14 @@ def test_each_link_points_at_something(page):
 def test_each_page_says_what_the_exhibits_say_today():
     for page, text in readme.pages().items():
         assert page.read_text(encoding="utf-8") == text, f"{name(page)} is old: make readme"
+
+
+@pytest.mark.parametrize(("number", "exhibit", "place"), MEASURED)
+def test_the_findings_name_what_was_measured(number, exhibit, place):
+    table = json.loads((paths.RESULTS / f"{exhibit}.json").read_text())["table"]
+    [mean] = [row["mean"] for row in table if place.items() <= row.items()]
+    assert f"{mean:.{len(number) - 2}f}" == number
+    assert number in FRONT.read_text(encoding="utf-8").partition("The five findings")[2].partition("\n## ")[0]
 
 
 @pytest.mark.parametrize("notebook", sorted(paths.NOTEBOOKS.glob("use_it_*.ipynb")), ids=lambda path: path.stem)
