@@ -136,6 +136,8 @@ def test_exhibits_stand_in_the_order_of_their_claims(tree):
         ({"ours": 2, "interval": None, "sides": None}, "2"),
         ({"ours": -13682.8, "interval": [-22424.8, -4940.8], "sides": None}, "−13683 [−22425, −4941]"),
         ({"ours": -0.25, "sides": [0.5, 0.75]}, "0.5 − 0.75 = −0.25 [−0.01, 0.05]"),
+        ({"ours": 4.44e-5, "sides": [0.70066, 0.70062]}, "0.7007 − 0.7006 = +0.00004 [−0.01, 0.05]"),
+        ({"ours": 2.5e-15, "interval": None, "sides": None}, "2.5e−15"),
     ],
 )
 def test_numbers_read_as_numbers(tree, changes, expected):

@@ -179,7 +179,8 @@ def _outcome(claim: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: int | float, digits: int = 3) -> str:
-    return (f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}").replace("-", "−")
+    kind = ".0f" if abs(value) >= 1000 else ".5f" if 1e-5 <= abs(value) < 1e-4 else f".{digits}g"
+    return f"{value:{kind}}".replace("-", "−")
 
 
 def _cell(text: str) -> str:
