@@ -138,7 +138,8 @@ def thin_ticks(axes: Axes) -> None:
 def name_ticks(axes: Axes, names: Sequence[str]) -> None:
     """One tick per name; if they would touch, only every second, third, … is written."""
     letters = int(inches(axes)[0] / 0.085)
-    every = next(step for step in range(1, len(names) + 1) if sum(len(name) + 1 for name in names[::step]) <= letters)
+    fits = (step for step in range(1, len(names)) if sum(len(name) + 1 for name in names[::step]) <= letters)
+    every = next(fits, len(names))
     shown = [name if place % every == 0 else "" for place, name in enumerate(names)]
     axes.set_xticks(range(len(names)), shown)
 
