@@ -4,8 +4,8 @@ An arm looks the same everywhere (`palette`). Titles state the finding and are p
 the caption says over what. Long because it holds one helper per kind of picture.
 """
 
+import io
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
+from limbeck import paths
 from limbeck.exhibits.palette import ARMS, Look, look
 
 if TYPE_CHECKING:  # an exhibit's picture should not wait for scipy
@@ -39,19 +40,18 @@ def style() -> AbstractContextManager[None]:
 def save(figure: Figure, path: Path, *, note: str = "") -> None:
     """Write an SVG, whole or not at all: no date, no version, fixed ids, so that the same figure gives the same bytes.
 
-    Text is drawn as paths, to look alike everywhere; `note` stands small in a corner. ValueError for another suffix.
+    Text is drawn as paths; `note` stands small in a corner; by hand, nothing is written. ValueError for another suffix.
     """
     if path.suffix != ".svg":
         raise ValueError(f"expected a path that ends in .svg, got {path}")
     figure.text(0.995, 0.008, note, ha="right", fontsize=6.5, color=GREY)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with style():
-            figure.savefig(temporary, format="svg", metadata={"Date": None, "Creator": None})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if paths.by_hand():
+        return
+    with style():
+        figure.savefig(text := io.StringIO(), format="svg", metadata={"Date": None, "Creator": None})
+    from limbeck import records  # noqa: PLC0415  (a picture alone should not wait for pandas)
+
+    records.replace_text(path, text.getvalue())
 
 
 def panels(
