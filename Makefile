@@ -67,9 +67,12 @@ reseal: $(READY)  ## renew the records' hashes after a change of code that chang
 	python -m limbeck.workflow.reseal || refused=1; python -m limbeck.digests; python -m limbeck.workflow.lock; test -z "$${refused:-}"
 
 lab: $(READY)  ## JupyterLab on localhost, at notebooks/README.md
-	@test $$(id -u) != 0 || echo "You are root, as in a container: Lab gets --allow-root. From outside, forward port 8888."
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}}' \
+		> $(VENV)/share/jupyter/lab/settings/overrides.json
+	@test $$(id -u) != 0 || echo "You are root, as in a container: Lab gets --allow-root. From outside, forward its port."
 	jupyter lab --ip=127.0.0.1 $$(test $$(id -u) != 0 || echo --allow-root) \
-		'--LabApp.default_url=/lab/tree/notebooks/README.md?factory=Markdown%20Preview'
+		--LabApp.default_url=/lab/tree/notebooks/README.md
 
 lint: $(READY)
 	ruff check .
