@@ -32,7 +32,7 @@ reproduce: $(READY)  ## fetch the assets, retrain the default profile, draw its 
 	python -m limbeck.exhibits.readme
 	@echo "The verdicts are in README.md, the pictures and numbers in results/, the executed notebooks in results/default/executed/."
 
-test: $(READY) lint  ## lint, unit tests, slow tests and notebooks, in a temporary copy of the tree
+test: $(READY) lint  ## lint, every test, and every notebook as README.md says, in a temporary copy of the tree
 	python -m limbeck.assets
 	python tests/tree.py test
 
@@ -52,11 +52,13 @@ full: $(READY)  ## the long experiments (hours on two cores; stop and continue a
 	dvc repro --allow-missing pipelines/full/dvc.yaml
 	python -m limbeck.exhibits.readme
 
-bench: $(READY)  ## time the losses and the loop against their alternatives, each in one process
+bench: $(READY)  ## time the losses and the loop against their alternatives, each in one process, and draw what came out
 	python -m limbeck.assets
-	python -m limbeck.workflow.notebooks notebooks/sinkd/table_cost.ipynb
-	python -m limbeck.workflow.notebooks notebooks/kdrl/table_efficiency.ipynb
-	python -m limbeck.workflow.notebooks notebooks/nola/table_cost.ipynb
+	python -m limbeck.experiments.sinkd.step_cost
+	python -m limbeck.experiments.kdrl.efficiency
+	python -m limbeck.experiments.nola.cost
+	printf 'notebooks/%s.ipynb\n' sinkd/table_cost kdrl/table_efficiency nola/table_cost | \
+		xargs -L 1 python -m limbeck.workflow.notebooks
 	python -m limbeck.exhibits.readme
 
 reseal: $(READY)  ## renew the records' hashes after a change of code that changes no number: shown here, to the bit
@@ -64,8 +66,13 @@ reseal: $(READY)  ## renew the records' hashes after a change of code that chang
 	python -m limbeck.assets efficientnet_lite0
 	python -m limbeck.workflow.reseal || refused=1; python -m limbeck.digests; python -m limbeck.workflow.lock; test -z "$${refused:-}"
 
-lab: $(READY)  ## JupyterLab on localhost
-	jupyter lab --ip=127.0.0.1 notebooks
+lab: $(READY)  ## JupyterLab on localhost, at notebooks/README.md
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}}' \
+		> $(VENV)/share/jupyter/lab/settings/overrides.json
+	@test $$(id -u) != 0 || echo "You are root, as in a container: Lab gets --allow-root. From outside, forward its port."
+	jupyter lab --ip=127.0.0.1 $$(test $$(id -u) != 0 || echo --allow-root) \
+		--LabApp.default_url=/lab/tree/notebooks/README.md
 
 lint: $(READY)
 	ruff check .

@@ -352,6 +352,16 @@ def notebook(path, *cells, text="Text."):
     return digests.of_notebook(path)
 
 
+def test_what_is_there_to_try_counts_for_nothing(package, tmp_path):
+    package()
+    path = tmp_path / "exhibit.ipynb"
+    before = notebook(path, "from limbeck.losses import bottom")
+    made = nbformat.read(path, as_version=4)
+    made.cells.append(nbformat.v4.new_code_cell("bottom.half(2)", metadata={"tags": ["try-it"]}))
+    nbformat.write(made, path)
+    assert digests.of_notebook(path) == before
+
+
 def test_a_notebook_counts_by_the_text_of_its_code_and_by_what_that_reaches(package, tmp_path):
     package()
     path, cells = (

@@ -44,6 +44,7 @@ def test_what_runs_here_is_what_is_pinned():
         assert version(requirement.name).split("+")[0] == LOCK[canonicalize_name(requirement.name)]
 
 
-def test_ci_calls_the_test_command_of_the_readme():
-    assert re.findall(r"^make \w+$", (paths.ROOT / ".ci" / "run").read_text(), re.MULTILINE) == ["make test"]
+def test_ci_calls_the_test_command_of_the_readme_and_then_the_smoke_chain():
+    calls = re.findall(r"^make \w+$", (paths.ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert calls == ["make test", "make smoke"]
     assert "make test" in (paths.ROOT / "README.md").read_text()

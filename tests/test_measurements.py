@@ -1,10 +1,11 @@
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from limbeck import measurements
+from limbeck import measurements, paths
 
 MEGABYTE = 2**20
 
@@ -34,3 +35,18 @@ def test_a_peak_is_what_was_held_at_once_also_where_an_earlier_call_freed_as_muc
     assert 63 * MEGABYTE < peak < 70 * MEGABYTE
     for _ in range(3):
         assert measurements.peak_extra(lambda: ones(4 * MEGABYTE).sum()) > 15 * MEGABYTE
+
+
+def test_rows_are_read_as_they_were_measured_to_the_last_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    frame = pd.DataFrame([{"arm": "a", "round": 0, "bench/ratio": 1 / 3}, {"arm": "b", "round": 1, "bench/gain": 0.1}])
+    measurements.write("toy", "table_cost", lambda profile: frame.assign(profile=profile))
+    found = measurements.read("toy", "table_cost", "bench")
+    pd.testing.assert_frame_equal(found[[*frame, "profile"]], frame.assign(profile="bench"), check_exact=True)
+
+
+def test_a_profile_that_was_not_measured_is_refused_with_those_that_were_and_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "RESULTS", tmp_path)
+    measurements.write("toy", "table_cost", lambda _: pd.DataFrame([{"arm": "a"}]))
+    with pytest.raises(ValueError, match=r"with rows \(bench\), got 'benhc'; `make bench` measures bench"):
+        measurements.read("toy", "table_cost", "benhc")

@@ -219,6 +219,16 @@ def test_read_without_records_names_the_file_and_the_command(results):
     assert records.read_by_cell(records.path("sinkd", "table_encoder", "default")) == {}
 
 
+def test_read_of_a_profile_that_no_make_target_trains_here_names_the_runner(results):
+    with pytest.raises(ValueError, match=r"`python .*train.ipynb experiment=table_encoder profile=smoke` makes"):
+        records.read("sinkd", "table_encoder", "smoke")
+
+
+def test_read_of_a_misspelt_profile_lists_those_that_exist(results):
+    with pytest.raises(ValueError, match=r"profile of table_encoder must be one of default, smoke, .*got 'defualt'"):
+        records.read("sinkd", "table_encoder", "defualt")
+
+
 @pytest.mark.parametrize("changes", [{"profile": "smoke"}, {"paper": "nola"}, {"experiment": "other"}])
 def test_read_refuses_a_line_copied_from_elsewhere(results, changes):
     records.write(records.path("sinkd", "table_encoder", "default"), [record(), record(cell={"arm": "ce"}, **changes)])

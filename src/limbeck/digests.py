@@ -69,9 +69,10 @@ def of_notebook(notebook: Path) -> str:
 
 
 def cells(notebook: Path) -> list[str]:
-    """The sources of a notebook's code cells."""
+    """The sources of the code cells that the runner runs: those tagged `try-it` it leaves out."""
     content = nbformat.read(notebook, as_version=4)
-    return [cell.source for cell in content.cells if cell.cell_type == "code"]
+    run = (cell for cell in content.cells if "try-it" not in cell.metadata.get("tags", []))
+    return [cell.source for cell in run if cell.cell_type == "code"]
 
 
 def words(paper: str, experiment: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Seconds and bytes that calls take.
+"""Seconds and bytes that calls take, and the files of what `make bench` measured.
 
 Seconds are of several ways to do the same thing, in turn in one process, so that only their ratio is read. Bytes are
 the kernel's own high-water mark, on Linux with glibc. It sees torch, numpy and the libraries beneath alike, which
@@ -9,9 +9,14 @@ and buffers that stay, so measure a later one.
 
 import ctypes
 import gc
+import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import pandas as pd
+
+from limbeck import paths, records
 
 _PROCESS = Path("/proc/self")
 _RESET_PEAK = "5"  # proc(5), clear_refs
@@ -53,3 +58,18 @@ def peak_extra(call: Callable[[], object]) -> int:
 def _status(name: str) -> int:
     lines = (line.split() for line in (_PROCESS / "status").read_text().splitlines())
     return next(int(words[1]) * 1024 for words in lines if words and words[0] == f"{name}:")
+
+
+def write(paper: str, exhibit: str, measure: Callable[[str], pd.DataFrame], profile: str = "bench") -> None:
+    """Write the rows of `measure(profile)` to results/<profile>/<paper>/<exhibit>.jsonl, to the last bit."""
+    rows = [row.dropna().to_dict() for _, row in measure(profile).astype(object).iterrows()]
+    records.replace_text(records.path(paper, exhibit, profile), "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(paper: str, exhibit: str, profile: str) -> pd.DataFrame:
+    """The rows that `write` left. Raises ValueError, with the command that makes them, where there are none."""
+    file = records.path(paper, exhibit, profile)
+    if not file.is_file():
+        measured = ", ".join(sorted(path.parts[-3] for path in paths.RESULTS.glob(f"*/{paper}/{exhibit}.jsonl")))
+        raise ValueError(f"expected a profile with rows ({measured}), got {profile!r}; `make bench` measures bench")
+    return pd.DataFrame(map(json.loads, file.read_text().splitlines()))

@@ -1,5 +1,7 @@
 """Where things lie, all from this file, so that no notebook or stage depends on its working directory."""
 
+import builtins
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -7,3 +9,9 @@ DATA = ROOT / "data"
 NOTEBOOKS = ROOT / "notebooks"
 PARAMS = ROOT / "params"
 RESULTS = ROOT / "results"
+RUNNER = "LIMBECK_RUNNER"  # set in the kernels that `workflow.notebooks` starts
+
+
+def by_hand() -> bool:
+    """Whether this is a notebook that the runner did not start: it shows, and leaves results/ alone."""
+    return hasattr(builtins, "get_ipython") and RUNNER not in os.environ

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from limbeck import paths
+from limbeck import params, paths
 
 TYPES = {
     "paper": str,
@@ -93,14 +93,25 @@ def read_by_cell(file: Path) -> dict[frozenset, dict[str, Any]]:
 def read(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
     """Every record of one experiment, by the names of its cells: reordering cells changes no last bit of a mean.
 
-    Says in a line where they are of earlier code. Raises ValueError if there is none.
+    Says in a line where they are of earlier code. Raises ValueError, with the command that makes them or the profiles
+    that exist, if there is none.
     """
     file = path(paper, experiment, profile)
     sys.stdout.write(awaiting_line(paper, experiment, profile))
     runs = sorted(read_by_cell(file).values(), key=lambda run: cell_name(run["cell"]))
     if not runs:
-        raise ValueError(f"expected records in {file}, got none; `make reproduce` writes those of `default`")
+        raise ValueError(missing(paper, experiment, profile))
     return [run | {"cell": dict(sorted(run["cell"].items()))} for run in runs]
+
+
+def missing(paper: str, experiment: str, profile: str) -> str:
+    """What to do about records that are not there. Raises ValueError for an experiment or a profile that is not."""
+    params.layers(paper, experiment, profile)
+    train = f"notebooks/{paper}/train.ipynb experiment={experiment} profile={profile}"
+    command = {"default": "make reproduce", "full": "make full"}.get(
+        profile, f"python -m limbeck.workflow.notebooks {train}"
+    )
+    return f"expected records in {path(paper, experiment, profile)}, got none; `{command}` makes them"
 
 
 def awaiting() -> dict[str, dict[str, Any]]:
@@ -180,10 +191,17 @@ def curves(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def write_exhibit(
     paper: str, exhibit: str, profile: str, *, claims: Sequence[Mapping[str, Any]], table: Sequence[Mapping[str, Any]]
 ) -> Path:
-    """Write results/<profile>/<paper>/<exhibit>.json and return its path; null is allowed, NaN is not."""
+    """Write results/<profile>/<paper>/<exhibit>.json and return its path; null is allowed, NaN is not.
+
+    A notebook run by hand writes nothing, and says so.
+    """
     content = {"paper": paper, "exhibit": exhibit, "profile": profile, "claims": list(claims), "table": list(table)}
     _check_values(content, exhibit)
     file = paths.RESULTS / profile / paper / f"{exhibit}.json"
+    if paths.by_hand():
+        command = f"python -m limbeck.workflow.notebooks notebooks/{paper}/{exhibit}.ipynb profile={profile}"
+        sys.stdout.write(f"Nothing was written; `{command}` writes what is shown here to results/.\n")
+        return file
     replace_text(file, json.dumps(content, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return file
 

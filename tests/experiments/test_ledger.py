@@ -85,6 +85,20 @@ def test_every_cell_runs_once_and_a_second_call_runs_nothing(experiment):
     assert runs == lines()
 
 
+def test_in_a_notebook_run_by_hand_smoke_alone_is_trained_and_of_others_the_records_are_shown(
+    experiment, monkeypatch, capsys
+):
+    runs = ledger.run("p", "toy", "default")
+    experiment.ran.clear()
+    experiment.rate = 3.0
+    monkeypatch.setattr(paths, "by_hand", lambda: True)
+    assert ledger.run("p", "toy", "default") == sorted(runs, key=lambda run: records.cell_name(run["cell"]))
+    assert not experiment.ran
+    assert "train.ipynb experiment=toy profile=default` trains them" in capsys.readouterr().out
+    ledger.run("p", "toy", "smoke")
+    assert len(experiment.ran) == 3
+
+
 def test_an_added_seed_runs_alone_and_a_dropped_one_takes_its_record_along(experiment):
     experiment.go()
     experiment.seeds = (0, 1, 2)

@@ -38,8 +38,13 @@ _WAIT = 0.2  # seconds between two looks at what other processes have settled
 def run(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
     """Bring every cell of an experiment up to date and return all its records, in the order of the cells.
 
+    A notebook run by hand trains with the profile `smoke` alone, which is not in git; of others it shows the records.
     Raises ValueError for bad parameters, before anything is written.
     """
+    if paths.by_hand() and profile != "smoke":
+        train = f"notebooks/{paper}/train.ipynb experiment={experiment} profile={profile}"
+        sys.stdout.write(f"Shown from records; `python -m limbeck.workflow.notebooks {train}` trains them.\n")
+        return records.read(paper, experiment, profile)
     ledger = Ledger(paper, experiment, profile)
     count = min(ledger.settings.workers, len(ledger.stale())) - 1
     command = [sys.executable, "-m", __name__, paper, experiment, profile, str(os.getpid())]

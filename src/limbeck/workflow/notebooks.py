@@ -1,9 +1,10 @@
 """Run a notebook strictly: `python -m limbeck.workflow.notebooks notebooks/sinkd/train.ipynb experiment=table_encoder`.
 
-Papermill, and four things that it leaves to chance: a parameter that the notebook does not declare or never reads is an
-error; the kernel is this interpreter's and the working directory is the root; the run fails if an input changed while
-it went; and what is kept of the executed notebook has no times, counters or paths in it. An exhibit's executed copy
-goes to results/<profile>/executed/, any other to data/executed/; how it was run goes to results/<profile>/provenance/.
+Papermill, and five things that it leaves to chance: a parameter that the notebook does not declare or never reads is an
+error; the kernel is this interpreter's and the working directory is the root; cells tagged `try-it` are left out; the
+run fails if an input changed while it went; and what is kept of the executed notebook has no times, counters or paths
+in it. Only what runs here writes into results/: an exhibit's executed copy goes to results/<profile>/executed/, how it
+was run to results/<profile>/provenance/. Any other executed copy goes to data/executed/.
 """
 
 import ast
@@ -16,10 +17,12 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nbformat
 import papermill
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 
 from limbeck import paths, records
 from limbeck.workflow import stages
@@ -34,9 +37,30 @@ def parameters_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def defaults(notebook: nbformat.NotebookNode) -> dict[str, Any]:
-    """The parameters that a notebook declares, with the literals it gives them."""
-    body = ast.parse(parameters_cell(notebook).source).body
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)}
+    """The parameters that a notebook declares, with the literals it gives them; None for what it computes."""
+    declared: dict[str, Any] = {}
+    for node in _tree(parameters_cell(notebook)).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                declared |= _assigned(target, node.value)
+    return declared
+
+
+def _assigned(target: ast.expr, value: ast.expr) -> dict[str, Any]:
+    """What one assignment gives to each name: `warm_up, steps = 400, 200` gives two."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        pairs = zip(target.elts, value.elts, strict=True)
+        return {name: literal for pair in pairs for name, literal in _assigned(*pair).items()}
+    try:
+        literal = ast.literal_eval(value) if isinstance(target, ast.Name) else None
+    except ValueError:
+        literal = None
+    return {node.id: literal for node in ast.walk(target) if isinstance(node, ast.Name)}
+
+
+def _tree(cell: nbformat.NotebookNode) -> ast.Module:
+    """The syntax of a cell, its magics as the calls that IPython makes of them."""
+    return ast.parse(TransformerManager().transform_cell(cell.source))
 
 
 def check_parameters(notebook: nbformat.NotebookNode, given: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +72,7 @@ def check_parameters(notebook: nbformat.NotebookNode, given: dict[str, Any]) -> 
     if unknown := sorted(set(given) - set(declared)):
         raise ValueError(f"unknown parameter {', '.join(unknown)}; the notebook declares {', '.join(declared)}")
     others = [cell for cell in notebook.cells if cell.cell_type == "code" and cell is not parameters_cell(notebook)]
-    names_read = {node.id for cell in others for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)}
+    names_read = {node.id for cell in others for node in ast.walk(_tree(cell)) if isinstance(node, ast.Name)}
     if unread := sorted(set(declared) - names_read):
         raise ValueError(f"no cell reads parameter {', '.join(unread)}")
     return declared | given
@@ -57,34 +81,44 @@ def check_parameters(notebook: nbformat.NotebookNode, given: dict[str, Any]) -> 
 def run(path: Path, given: dict[str, Any]) -> Path:
     """Execute a notebook and return where its executed copy lies."""
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if "try-it" not in cell.metadata.get("tags", [])]
     parameters = check_parameters(notebook, given)
+    of_paper = path.parent.parent == paths.NOTEBOOKS
     name = f"{parameters['experiment']}-{path.stem}" if "experiment" in parameters else path.stem
-    before = stages.inputs(path, parameters)
-    raw = paths.DATA / "executed" / parameters["profile"] / path.parent.name / f"{name}.ipynb"
+    before = stages.inputs(path, parameters) if of_paper else {}
+    raw = paths.DATA / "executed" / parameters.get("profile", "") / path.parent.name / f"{name}.ipynb"
     raw.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    nbformat.write(notebook, raw)
     started = time.monotonic()
-    papermill.execute_notebook(
-        path,
-        raw,
-        parameters,
-        kernel_name="python3",
-        cwd=paths.ROOT,
-        progress_bar=False,
-        stdout_file=sys.stdout,
-        stderr_file=sys.stderr,
-    )
+    _execute(raw, given)
     seconds = time.monotonic() - started
-    if changed := [name for name, checksum in stages.inputs(path, parameters).items() if before.get(name) != checksum]:
+    after = stages.inputs(path, parameters) if of_paper else {}
+    if changed := [name for name, checksum in after.items() if before.get(name) != checksum]:
         raise ValueError(
             f"{', '.join(changed)} changed while {name} ran; its results may mix old and new: run it again"
         )
-    results = paths.RESULTS / parameters["profile"]
-    place = results / "provenance" / path.parent.name / f"{name}.json"
-    records.replace_text(place, _provenance(before, seconds, place))
-    executed = raw if "experiment" in parameters else results / "executed" / path.parent.name / path.name
+    executed, results = raw, paths.RESULTS / parameters.get("profile", "")
+    if of_paper:
+        place = results / "provenance" / path.parent.name / f"{name}.json"
+        records.replace_text(place, _provenance(before, seconds, place))
+        executed = raw if "experiment" in parameters else results / "executed" / path.parent.name / path.name
     records.replace_text(executed, canonical(nbformat.read(raw, as_version=4)))
     return executed
+
+
+def _execute(raw: Path, given: dict[str, Any]) -> None:
+    """Run a notebook where it lies, in a kernel that knows itself to be the runner's."""
+    with mock.patch.dict(os.environ, {paths.RUNNER: "1", "JUPYTER_PREFER_ENV_PATH": "1"}):
+        papermill.execute_notebook(
+            raw,
+            raw,
+            given,
+            kernel_name="python3",
+            cwd=paths.ROOT,
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
 
 
 def canonical(notebook: nbformat.NotebookNode) -> str:
@@ -151,7 +185,15 @@ def _main(arguments: list[str]) -> None:
             f"usage: python -m limbeck.workflow.notebooks NOTEBOOK [name=value ...]; got {' '.join(arguments)}"
         )
     given = dict(argument.split("=", 1) for argument in arguments[1:])
-    run(Path(arguments[0]).resolve(), {name: yaml.safe_load(value) for name, value in given.items()})
+    run(Path(arguments[0]).resolve(), {name: _value(text) for name, text in given.items()})
+
+
+def _value(text: str) -> Any:
+    """A value as Python reads it, and what is no literal of Python as YAML does: `smoke`, `true`."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return yaml.safe_load(text)
 
 
 if __name__ == "__main__":

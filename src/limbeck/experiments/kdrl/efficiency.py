@@ -12,6 +12,7 @@ only. TRL seeds the global generators: torch's is put back, those of random and 
 """
 
 import itertools
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -205,3 +206,7 @@ def difference(trainer: GRPOTrainer, *, seed: int) -> float:
     pairs = [losses(trainer, kind, seed=seed) for kind in NORMALISERS]
     values = [(our - loss).abs().item() for (loss, _), (our, _) in pairs]
     return max(values + [((our - gradient).norm() / gradient.norm()).item() for (_, gradient), (_, our) in pairs])
+
+
+if __name__ == "__main__":
+    measurements.write("kdrl", "table_efficiency", measure, *sys.argv[1:])

@@ -16,6 +16,7 @@ least as fast as its sums.
 """
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -278,3 +279,7 @@ def draw_as_released(layers: list[NolaLayer], adapter_name: str = "default") -> 
         layer.nola_factors[adapter_name] = tuple(
             ReleasedSums(tuple(next(seeds) for _ in f.streams), f.streams[0].shape, f.number) for f in factors
         )
+
+
+if __name__ == "__main__":
+    measurements.write("nola", "table_cost", measure, *sys.argv[1:])

@@ -7,6 +7,7 @@ algorithm. Where classes are few, a training step of `table_encoder`'s student i
 `make bench` only.
 """
 
+import sys
 from collections.abc import Callable
 from unittest import mock
 
@@ -105,3 +106,7 @@ def recipe(student_probs: Tensor, teacher_probs: Tensor) -> Tensor:
         log_plan = log_plan - log_plan.logsumexp(1, keepdim=True)
         log_plan = log_plan - log_plan.logsumexp(0, keepdim=True)
     return (log_plan.exp() * cost).sum()
+
+
+if __name__ == "__main__":
+    measurements.write("sinkd", "table_cost", measure, *sys.argv[1:])
