@@ -71,9 +71,10 @@ lint: $(READY)
 	ruff check .
 	ruff format --check .
 
-pipeline: $(READY)  ## write digests.json, dvc.yaml and pipelines/full/dvc.yaml from code, notebooks and params/, and what stands to dvc.lock
+pipeline: $(READY)  ## write digests.json, both dvc.yaml and metrics.json from code, notebooks, params/ and exhibits, and what stands to dvc.lock
 	python -m limbeck.digests
 	python -m limbeck.workflow.stages
+	python -m limbeck.workflow.metrics default full
 	python -m limbeck.workflow.lock
 
 readme: $(READY)  ## renew the table in README.md from the exhibits
