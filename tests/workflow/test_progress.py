@@ -1,6 +1,8 @@
 """What `make reproduce` trains, and what it says of how far it is."""
 
 import json
+import shutil
+import subprocess
 
 import pytest
 
@@ -62,3 +64,36 @@ def test_what_was_not_trained_here_is_trained_again(tmp_path, monkeypatch, train
     settled = tmp_path / "checkpoints" / "default" / "kdrl" / "table_main" / "settled.json"
     records.replace_text(settled, json.dumps(hashes))
     assert set(progress.untrained("default")) == expected - ({"kdrl-table_main-train"} if trained else set())
+
+
+@pytest.mark.parametrize("git", [True, False])
+def test_make_tells_dvc_where_there_is_no_git(tmp_path, git):
+    (tmp_path / ".dvc").mkdir()
+    if git:
+        (tmp_path / ".git").write_text("gitdir: elsewhere")
+    shutil.copy(paths.ROOT / "Makefile", tmp_path)
+    subprocess.run(["make", "help"], cwd=tmp_path, capture_output=True, check=True)
+    told = tmp_path / ".dvc" / "config.local"
+    assert told.is_file() != git
+    assert git or told.read_text() == "[core]\n    no_scm = true\n"
+
+
+def test_a_run_plans_what_dvc_calls_changed(monkeypatch):
+    answers = {"status": ['{"pipelines/full/dvc.yaml:kdrl-fig_real_model-train": []}\n']}
+    answers["repro"] = running("pipelines/full/dvc.yaml:kdrl-fig_real_model-train")
+    asked = []
+
+    def dvc(*arguments):
+        asked.append(arguments)
+        yield from answers[arguments[0]] if arguments[-1].endswith("dvc.yaml") else ()
+
+    monkeypatch.setattr(progress, "_dvc", dvc)
+    said = [line for line in progress.repro("full") if line.startswith("\nStage")]
+    assert said[0].startswith("\nStage 1 of 2, kdrl-fig_real_model-train: about ")
+    assert [arguments[-1] for arguments in asked] == ["pipelines/full/dvc.yaml", "digests", "pipelines/full/dvc.yaml"]
+
+
+def test_where_dvc_fails_so_does_this():
+    with pytest.raises(SystemExit) as stopped:
+        list(progress._dvc("repro", "no-such-stage"))
+    assert stopped.value.code > 0

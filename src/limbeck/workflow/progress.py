@@ -24,9 +24,10 @@ def repro(profile: str) -> Iterator[str]:
     """Bring a profile up to date; the lines of DVC, and one above each stage. Exits as DVC does where it fails."""
     target = "pipelines/full/dvc.yaml" if profile == "full" else "dvc.yaml"
     first = [] if profile == "full" else untrained(profile)
-    changed = [match[2] for line in _dvc("--dry", target) if (match := _STAGE.match(line)) and match[1] != "Stage"]
-    runs = [_dvc("digests"), _dvc("--force", "--single-item", *first) if first else (), _dvc(target)]
-    yield from report(chain.from_iterable(runs), planned({*first, *changed}, profile))
+    changed = {name.rpartition(":")[2] for name in json.loads("".join(_dvc("status", "--json", target)))}
+    forced = _dvc("repro", "--force", "--single-item", *first) if first else ()
+    lines = chain(_dvc("repro", "digests"), forced, _dvc("repro", target))
+    yield from report(lines, planned(changed.union(first), profile))
 
 
 def untrained(profile: str) -> list[str]:
@@ -76,7 +77,7 @@ def report(lines: Iterable[str], seconds: dict[str, float], now: Callable[[], fl
 
 
 def _dvc(*arguments: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "dvc", "repro", *arguments]
+    command = [sys.executable, "-m", "dvc", *arguments]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         yield from process.stdout

@@ -147,8 +147,8 @@ def _metrics(by_name: dict[str, Any], profile: str) -> dict[str, Any]:
 
 
 def curved(profile: str) -> list[tuple[str, str]]:
-    """The experiments of a profile of which an exhibit draws the curves, each with its paper."""
-    section_profile = "default" if profile.startswith("$") else profile
+    """The experiments of a profile's pipeline of which an exhibit draws the curves, each with its paper."""
+    section_profile = "full" if profile == "full" else "default"
     return [
         (paper, experiment)
         for paper in papers()
