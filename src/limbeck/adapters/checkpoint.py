@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from limbeck.adapters.basis import GENERATOR, Bank, Stream
 from limbeck.adapters.config import NolaConfig
+from limbeck.adapters.factor import dequantised, levels, packed, unpacked, wide
 from limbeck.adapters.layer import NolaLayer
-from limbeck.adapters.quantisation import dequantised, levels, packed, unpacked, wide
 
 PREFIX = "base_model.model."  # of a PeftModel's keys; a model with injected layers alone has none
 ROOT = "base_model.nola_"

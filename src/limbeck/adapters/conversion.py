@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters.checkpoint import PREFIX, ROOT, adapted
+from limbeck.adapters.factor import quantised, require_bits
 from limbeck.adapters.layer import NolaLayer
-from limbeck.adapters.quantisation import quantised, require_bits
 
 
 def _adapted(model: PeftModel, adapter_name: str) -> dict[str, NolaLayer]:
