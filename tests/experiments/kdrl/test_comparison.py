@@ -335,7 +335,6 @@ def test_models_that_are_not_there_are_asked_for(section, tmp_path):
         cells.drive(comparison, section, final(section, "grpo"), cells.place(tmp_path / "table_main", "x"))
 
 
-
 CURVE = {
     "validation/accuracy": [0.25, 0.75, 0.5],
     "optimiser/gradient_norm": [1.0, 6.0, 2.0],
