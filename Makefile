@@ -83,7 +83,7 @@ pipeline: $(READY)  ## write digests.json, dvc.yaml and pipelines/full/dvc.yaml 
 	python -m limbeck.workflow.stages
 	python -m limbeck.workflow.lock
 
-readme: $(READY)  ## renew the table in README.md from the exhibits
+readme: $(READY)  ## renew the claims in README.md and results/*.md from the exhibits
 	python -m limbeck.exhibits.readme
 
 clean:  ## delete the environment and what was trained, not what was fetched

@@ -2,3 +2,7 @@
 
 `limbeck.losses` and `limbeck.adapters` are pure torch; the rest makes the experiments reproducible.
 """
+
+from importlib.metadata import version
+
+__version__ = version("limbeck")

@@ -20,7 +20,7 @@ def rule(kind="greater", **changes):
 
 
 def claim(name="a", **changes):
-    return claims.Claim(name, "table_encoder", "SinKD is best", "paper, abstract", "primary", rule(**changes))
+    return claims.Claim(name, "table_encoder", "SinKD is best", "paper, abstract", "primary", "main", rule(**changes))
 
 
 def frame(seeds=6, **arms):
@@ -89,6 +89,14 @@ def test_a_decision_holds_the_paired_interval_and_what_the_paper_says():
     assert (decision["level"], decision["count"]) == (pytest.approx(0.95), 6)
     assert [decision[key] for key in ("id", "source", "reliability")] == ["a", "paper, abstract", "primary"]
     assert decision["rule"] == "eval/accuracy: arm=sinkhorn − arm=kl > 0, stated as 0.2 to 0.4, over seed"
+
+
+def test_a_decision_holds_both_sides_of_its_difference():
+    data = frame(kl=0.5 + NOISE, sinkhorn=0.75)
+    assert decide(data)["sides"] == pytest.approx([0.75, 0.5])
+    assert decide(data, right=0.7)["sides"] == pytest.approx([0.75, 0.7])
+    assert decide(data, kind="report", right=None)["sides"] is None
+    assert decide(data, right={"arm": "l1"})["sides"] is None
 
 
 def test_pairs_are_matched_by_seed_whatever_the_order_of_the_rows():
@@ -321,7 +329,7 @@ def write_claims(tmp_path, monkeypatch):
 
 def entry(**changes):
     base = {"id": "a", "exhibit": "table_encoder", "statement": "SinKD is best", "source": "abstract"}
-    return base | {"reliability": "primary", "rule": rule()} | changes
+    return base | {"reliability": "primary", "role": "main", "rule": rule()} | changes
 
 
 def test_claims_load_in_the_order_of_their_file(write_claims):
@@ -344,6 +352,7 @@ def test_claims_load_in_the_order_of_their_file(write_claims):
         ([entry(rule="greater")], "rule must be a dict with content, got 'greater'"),
         ([entry(statement="")], "statement must be a str with content, got ''"),
         ([entry(id=3)], "id must be a str with content, got 3"),
+        ([entry(role="primary")], "claim 'a': role must be one of main, exact, exploratory; got 'primary'"),
     ],
 )
 def test_a_claim_file_with_a_mistake_is_refused(write_claims, entries, message):
@@ -365,6 +374,16 @@ def test_an_order_that_most_pairs_keep_but_the_means_break_is_inconclusive(middl
         [{"arm": arm, "seed": seed, "eval/x": x + seed} for arm, x in level.items() for seed in range(6)]
     )
     rule = {"kind": "monotone", "metric": "eval/x", "order": [{"arm": arm} for arm in "abcde"]}
-    [decision] = claims.decide([claims.Claim("order", "e", "s", "s", "r", rule)], frame)
+    [decision] = claims.decide([claims.Claim("order", "e", "s", "s", "r", "exploratory", rule)], frame)
     assert decision["ours"] == pytest.approx(1.0 if middle > 0 else 0.8)
+    assert decision["sides"] == pytest.approx([x + 2.5 for x in level.values()])  # seeds 0 to 5 add 2.5 in the mean
     assert decision["verdict"] == expected
+
+
+def test_each_paper_has_two_to_four_main_claims_and_none_of_them_is_an_identity():
+    for paper in ("kdrl", "nola", "sinkd"):
+        loaded = claims.load(paper)
+        main = [one for one in loaded if one.role == "main"]
+        assert 2 <= len(main) <= 4
+        assert {one.rule["kind"] for one in main}.isdisjoint({"exact", "report"})
+        assert {one.role for one in loaded if one.rule["kind"] == "exact"} == {"exact"}

@@ -1,15 +1,14 @@
-import itertools
 import subprocess
 import sys
+import xml.etree.ElementTree
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-mpl.use("Agg")
-
-from limbeck import params, paths
-from limbeck.exhibits import figures, intervals, palette
+from limbeck import paths
+from limbeck.exhibits import canvas, figures, intervals, palette
 
 GRID = np.linspace(-10, 10, 101)
 TEACHER = np.exp(-(GRID**2)) / np.exp(-(GRID**2)).sum()
@@ -19,7 +18,7 @@ POINTS = {"kl": [0.80, 0.82, 0.81, 0.85, 0.79], "sinkhorn": [0.84, 0.86, 0.83, 0
 @pytest.fixture(autouse=True)
 def close():
     yield
-    figures.plt.close("all")
+    plt.close("all")
 
 
 def whiskers(values=POINTS, points=None):
@@ -31,44 +30,6 @@ def whiskers(values=POINTS, points=None):
 
 def toy(fits, titles=None):
     return figures.toy_panels(GRID, TEACHER, fits, titles={arm: arm for arm in fits} if titles is None else titles)
-
-
-def pictures():
-    """The arms that one picture shows: those of a section of params/sinkd.yaml, and those of table_cost."""
-    sections = [
-        params.section("sinkd", name, profile) for name, own in params.experiments("sinkd").items() for profile in own
-    ]
-    shown = [section["arms"] for section in sections if "arms" in section]
-    assert len(shown) > 10
-    return [*shown, ["kl", "sinkhorn", "fallback", "recipe", "pot", "geomloss"]]
-
-
-def test_every_arm_has_its_own_label_and_in_a_picture_its_own_colour():
-    assert figures.ARMS is palette.ARMS
-    assert len({look.label for look in palette.ARMS.values()}) == len(palette.ARMS)
-    for arms in pictures():
-        assert len({palette.look(arm).label for arm in arms}) == len(arms)
-        last = {arm.split("+")[-1] for arm in arms}
-        assert len({palette.ARMS[arm].colour for arm in last}) == len(last), arms
-
-
-def test_a_sum_of_terms_is_named_in_full_and_looks_like_its_last_term():
-    assert palette.look("kl") == palette.ARMS["kl"]
-    shape = palette.look("ce+kl+sinkhorn")
-    assert shape.label == "CE + KL + Sinkhorn"
-    assert shape[1:] == palette.ARMS["sinkhorn"][1:]
-    with pytest.raises(ValueError, match=r"expected arms among teacher, ce, .* got klx in ce\+klx"):
-        palette.look("ce+klx")
-
-
-def test_arms_of_one_marker_in_a_picture_differ_in_lightness():
-    def lightness(look):
-        return np.dot(mpl.colors.to_rgb(look.colour), [0.299, 0.587, 0.114])
-
-    for arms in pictures():
-        shown = {palette.ARMS[arm.split("+")[-1]] for arm in arms}
-        for look, other in itertools.combinations(shown, 2):
-            assert look.marker != other.marker or abs(lightness(look) - lightness(other)) > 0.05, arms
 
 
 def test_whiskers_points_and_markers_stand_where_the_estimates_are():
@@ -91,7 +52,12 @@ def test_one_replicate_has_no_whisker_and_a_hollow_marker():
 
 def test_the_caption_says_over_what_the_intervals_are():
     _, axes = whiskers()
-    assert axes.texts[0].get_text() == "marker: mean; line: 95 % t interval; points: each replicate (n = 1–5)"
+    kind = "marker: mean; line: 95 % t interval; points: each replicate"
+    assert axes.texts[0].get_text() == f"{kind} (n = 1–5); hollow: one replicate, no interval"
+    _, axes = whiskers({"kl": POINTS["kl"]})
+    assert axes.texts[0].get_text() == f"{kind} (n = 5)"
+    _, axes = whiskers({"teacher": [0.9]})
+    assert axes.texts[0].get_text() == "hollow: one replicate, no interval (n = 1)"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +138,22 @@ def test_a_saved_figure_is_the_same_bytes_each_time_and_has_no_date(tmp_path):
     assert "<dc:date>" not in texts.copy().pop() and "Matplotlib v" not in texts.pop()
 
 
+def test_a_saved_figure_tells_its_finding_to_those_who_do_not_see_it(tmp_path):
+    figure = figures.toy_panels(
+        GRID, TEACHER, {"kl": TEACHER, "js": TEACHER}, titles={"kl": "a < b", "js": "c"}, title="T & U"
+    )
+    for name, alt in (("own", "They fit."), ("default", "")):
+        figures.save(figure, tmp_path / f"{name}.svg", alt=alt)
+    root = xml.etree.ElementTree.parse(tmp_path / "default.svg").getroot()
+    space = "{http://www.w3.org/2000/svg}"
+    assert root.get("role") == "img"
+    assert [(child.tag, child.text) for child in root[:2]] == [
+        (f"{space}title", "T & U"),
+        (f"{space}desc", "T & U. Panels: a < b; c"),
+    ]
+    assert xml.etree.ElementTree.parse(tmp_path / "own.svg").getroot().find(f"{space}desc").text == "They fit."
+
+
 def test_only_an_svg_is_saved_and_a_failure_leaves_nothing(tmp_path):
     figure, axes = whiskers()
     with pytest.raises(ValueError, match=r"ends in \.svg, got .*a\.png"):
@@ -203,7 +185,7 @@ GROUPS = {
 }
 
 
-def test_interval_panels_draw_each_group_on_one_scale_with_one_caption():
+def test_interval_panels_draw_each_group_with_one_caption():
     groups = intervals.estimates(GROUPS)
     figure = figures.interval_panels(groups, title="T", xlabel="gain", points=GROUPS, zero=True)
     assert [axes.get_title(loc="left") for axes in figure.axes] == list(GROUPS)
@@ -213,7 +195,6 @@ def test_interval_panels_draw_each_group_on_one_scale_with_one_caption():
         assert [0, 0] in [list(line.get_xdata()) for line in axes.lines]
     for left in figure.axes[::2]:
         assert [text.get_text() for text in left.get_yticklabels()] == ["CE + KL", "CE + Jensen–Shannon"]
-    assert len({axes.get_xlim() for axes in figure.axes}) == 1
     assert [any(text.get_visible() for text in axes.texts) for axes in figure.axes] == [False, False, True]
     assert [axes.get_xlabel() for axes in figure.axes] == ["", "gain", "gain"]
     plain = figures.interval_panels(groups, title="T", xlabel="gain", points=GROUPS)
@@ -224,7 +205,73 @@ def test_the_caption_counts_the_replicates_of_every_panel():
     fewer = {"a few": {arm: values[:2] for arm, values in GROUPS["first"].items()}} | GROUPS
     figure = figures.interval_panels(intervals.estimates(fewer), title="T", xlabel="gain", points=fewer)
     (caption,) = (text.get_text() for axes in figure.axes for text in axes.texts if text.get_visible())
-    assert caption == "marker: mean; line: 95 % t interval; points: each replicate (n = 2–3)"
+    assert "points: each replicate (n = 2–3)" in caption
+
+
+def panels_of(**values):
+    parts = {name: {"kl": row, "js": [x + 0.1 for x in row]} for name, row in values.items()}
+    figure = figures.interval_panels(intervals.estimates(parts), title="T", xlabel="gain", points=parts)
+    (caption,) = (text.get_text() for axes in figure.axes for text in axes.texts if text.get_visible())
+    return figure, "each panel has its own scale" in caption
+
+
+def test_panels_share_a_scale_unless_it_flattens_one_and_then_the_caption_says_so():
+    figure, own = panels_of(first=[0.1, 0.2, 0.3], second=[0.3, 0.4, 0.5])
+    assert (len({axes.get_xlim() for axes in figure.axes}), own) == (1, False)
+    figure, own = panels_of(first=[0.1, 0.11, 0.12], second=[0.1, 1.0, 2.0])
+    assert (len({axes.get_xlim() for axes in figure.axes}), own) == (2, True)
+    figure, own = panels_of(first=[0.1], second=[2.0])
+    assert (len({axes.get_xlim() for axes in figure.axes}), own) == (1, False), "markers alone are never flattened"
+
+
+def test_positive_numbers_that_lie_decades_apart_are_on_one_logarithmic_scale():
+    figure, own = panels_of(first=[0.1, 0.11], second=[300.0, 301.0])
+    assert {axes.get_xscale() for axes in figure.axes} == {"log"}
+    assert (len({axes.get_xlim() for axes in figure.axes}), own) == (1, False)
+
+
+def test_no_difference_is_on_the_scale_of_every_panel_that_marks_it():
+    parts = {"first": {"kl": [0.5, 0.51], "js": [0.6, 0.61]}}
+    figure = figures.interval_panels(intervals.estimates(parts), title="T", xlabel="gain", points=parts, zero=True)
+    assert figure.axes[0].get_xlim()[0] < 0
+
+
+ELEVEN = {arm: [0.01 * n, 0.01 * n + 0.02] for n, arm in enumerate(list(palette.ARMS)[:11])}
+
+
+def test_an_outlier_gets_an_arrow_and_its_numbers_instead_of_the_scale():
+    _, axes = whiskers(ELEVEN | {"value": [-2.01, -1.99]})
+    low, high = axes.get_xlim()
+    assert -0.2 < low < -0.1 and 0.2 < high < 0.3
+    assert [line.get_marker() for line in axes.lines if list(line.get_xdata()) == [0]] == ["<"]
+    assert [text.get_text() for text in axes.texts[1:]] == ["-2 [-2.13, -1.87]"]
+
+
+@pytest.mark.parametrize("values", [ELEVEN, {"kl": [0.0, 0.01], "js": [0.0, 0.02], "rkl": [5.0, 5.1]}])
+def test_no_arm_is_left_out_of_a_scale_that_it_does_not_squash_or_that_few_share(values):
+    _, axes = whiskers(values)
+    assert len(axes.texts) == 1
+    low, high = axes.get_xlim()
+    assert all(low < x < high for row in values.values() for x in row)
+
+
+def test_an_axis_spans_a_twentieth_of_what_it_measures():
+    _, axes = whiskers({"kl": [17.13, 17.14], "js": [17.14, 17.15]})
+    low, high = axes.get_xlim()
+    assert high - low > 0.05 * 17
+    _, axes = whiskers({"kl": [-0.01, 0.02], "js": [0.0, 0.01]})
+    low, high = axes.get_xlim()
+    assert high - low < 0.6, "a difference about 0 is not pressed together"
+
+
+def test_arms_stand_in_the_order_of_their_budgets():
+    assert list(figures.ordered({"nola": 1, "none": 2, "full": 3}, {"full": 9, "none": 0, "nola": 5})) == [
+        "full",
+        "nola",
+        "none",
+    ]
+    with pytest.raises(ValueError, match=r"budget for each of \['nola', 'full'\], got none for \['full'\]"):
+        figures.ordered({"nola": 1, "full": 3}, {"nola": 5})
 
 
 def test_panels_whose_rows_differ_are_refused_since_the_names_stand_once():
@@ -239,7 +286,7 @@ def test_a_title_too_long_for_a_line_takes_two_and_makes_room_for_itself():
     assert long.get_suptitle().split() == ["word"] * 20
     heights = [figure.axes[0].get_position().height * figure.get_figheight() for figure in (short, long)]
     assert heights[0] == pytest.approx(heights[1])
-    assert long.get_figheight() == pytest.approx(short.get_figheight() + figures.LEADING)
+    assert long.get_figheight() == pytest.approx(short.get_figheight() + canvas.LEADING)
 
 
 def responses(scale=1.0):
@@ -257,14 +304,34 @@ def test_response_panels_draw_a_line_an_arm_over_equally_spaced_values_with_inte
     assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("epsilon", "group")
     assert [text.get_text() for text in first.get_xticklabels()] == ["0.01", "0.1", "10"]
     for line, (arm, estimates) in zip(first.containers, groups["epsilon"].items(), strict=True):
-        assert line.get_label() == palette.look(arm).label
-        assert line.lines[0].get_color() == palette.look(arm).colour
-        assert list(line.lines[0].get_xdata()) == [0, 1, 2]
+        assert (line.lines[0].get_color(), line.lines[0].get_marker()) == palette.look(arm)[1:]
+        assert list(line.lines[0].get_xdata()) == pytest.approx([0, 1, 2], abs=0.1)
         assert list(line.lines[0].get_ydata()) == [estimate.mean for estimate in estimates.values()]
         for segment, estimate in zip(line.lines[2][0].get_segments(), estimates.values(), strict=True):
             assert sorted(segment[:, 1]) == pytest.approx([estimate.low, estimate.high])
     assert first.get_ylim() == second.get_ylim()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["CE + Sinkhorn", "CE + Sinkhorn, debiased"]
+    named = [" ".join(text.get_text().split()) for text in first.texts]
+    assert named == ["CE + Sinkhorn", "CE + Sinkhorn, debiased"]
+
+
+def test_response_panels_of_two_quantities_have_a_label_each():
+    groups = {"scale": {"sinkhorn": responses()}, "gain": {"sinkhorn": responses(3)}}
+    figure = figures.response_panels(groups, title="T", ylabel={"scale": "width", "gain": "accuracy"}, zero=False)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["width", "accuracy"]
+    assert not figure.get_supylabel()
+
+
+def test_no_panel_of_responses_is_flattened_by_the_scale_of_another():
+    groups = {"epsilon": {"ce+sinkhorn": responses()}, "group": {"ce+sinkhorn": responses(100)}}
+    figure = figures.response_panels(groups, title="T", ylabel="gain")
+    assert figure.axes[0].get_ylim() != figure.axes[1].get_ylim()
+    assert "each quantity has its own scale" in figure.texts[-1].get_text()
+
+
+def test_numbers_below_a_panel_that_would_touch_are_thinned():
+    _, axes = canvas.panels(4, columns=4)
+    canvas.name_ticks(axes[0], ["-10.125", "-8.5", "-7.25", "-5.5", "-4.125"])
+    assert [text.get_text() for text in axes[0].get_xticklabels()] == ["-10.125", "", "", "-5.5", ""]
 
 
 def test_response_panels_without_a_line_of_no_difference_keep_their_own_scales():
@@ -311,6 +378,6 @@ def test_a_title_names_the_arms_whose_interval_excludes_no_difference():
         return intervals.Estimate(0.0, low, high, 5, 0.95)
 
     estimates = {"ce+kl": estimate(0.1, 0.2), "ce+js": estimate(-0.1, 0.2), "ce+rkd": estimate(-0.3, -0.1)}
-    assert figures.decided(estimates) == "above 0: CE + KL; below 0: CE + RKD"
+    assert figures.decided(estimates) == "CE + KL above 0; CE + RKD below 0; 1 not told apart"
     edges = {"kl": estimate(0.0, 0.2), "js": estimate(-0.2, 0.0), "rkl": intervals.Estimate(1.0, None, None, 1, 0.95)}
-    assert figures.decided(edges) == "above 0: none; below 0: none"
+    assert figures.decided(edges, reference="CE") == "no arm is told apart from CE"

@@ -1,126 +1,187 @@
 import json
 
 import pytest
+import yaml
 
 from limbeck import paths, records
 from limbeck.exhibits import readme
 
-TEXT = "# limbeck\n\n<!-- claims:begin -->\nold\n<!-- claims:end -->\n\nafter\n"
+TEXT = f"# limbeck\n\n{readme.BEGIN}\nold\n{readme.END}\n\nafter\n"
+RULE = {"kind": "greater", "metric": "eval/accuracy", "left": {"arm": "sinkhorn"}, "right": {"arm": "kl"}}
+ORDER = {"kind": "monotone", "metric": "eval/accuracy", "order": [{"arm": "kl"}, {"arm": "js"}, {"arm": "sinkhorn"}]}
+WORDS = "eval/accuracy: arm=sinkhorn − arm=kl > 0, over seed"
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path / "notebooks")
-    path = tmp_path / "README.md"
-    path.write_text(TEXT)
-    return path
+def tree(tmp_path, monkeypatch):
+    for name in ("results", "notebooks", "data"):
+        monkeypatch.setattr(paths, name.upper(), tmp_path / name)
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    (tmp_path / "data" / "claims").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    for page in (tmp_path / "README.md", tmp_path / "results" / "README.md"):
+        page.write_text(TEXT)
+    state("sinkd", table_encoder=["main"])
+    state("nola")
+    state("kdrl")
+    return tmp_path
 
 
-def decision(**changes):
-    base = {"statement": "SinKD is best", "rule": "eval/accuracy: arm=sinkhorn − arm=kl > 0, over seed"}
-    return base | {"ours": 0.03125, "interval": [0.01, 0.05], "verdict": "agrees in direction"} | changes
+def state(paper, *, rule=RULE, **exhibits):
+    """Claims named table_encoder-0 and so on, of the roles that each exhibit lists, and a notebook of each exhibit."""
+    base = {"statement": "SinKD is best", "source": "abstract", "reliability": "primary", "rule": rule}
+    entries = [
+        base | {"id": f"{name}-{i}", "exhibit": name, "role": role}
+        for name, roles in exhibits.items()
+        for i, role in enumerate(roles)
+    ]
+    (paths.DATA / "claims" / f"{paper}.yaml").write_text(yaml.safe_dump(entries))
+    for name in exhibits:
+        reading = {"source": ["**Reading.** One doubt.\n", f"Another of {name}."]}
+        cells = [
+            {"source": [f"# {readme.PAPERS[paper]}: many tasks\n", "Names"]},
+            reading,
+            {"source": ["# a cell to try"]},
+        ]
+        (paths.NOTEBOOKS / paper).mkdir(parents=True, exist_ok=True)
+        (paths.NOTEBOOKS / paper / f"{name}.ipynb").write_text(json.dumps({"cells": cells}))
 
 
-def exhibit(paper, name, profile, *decisions, picture=False):
+def decision(place="table_encoder-0", **changes):
+    base = {"id": place, "statement": "SinKD is best", "rule": WORDS, "sides": [0.78125, 0.75]}
+    return base | {"ours": 0.03125, "interval": [-0.01, 0.05], "verdict": "inconclusive"} | changes
+
+
+def exhibit(*decisions, paper="sinkd", name="table_encoder", profile="default", picture=False):
     path = records.write_exhibit(paper, name, profile, claims=decisions or [decision()], table=[])
     if picture:
         path.with_suffix(".svg").write_text("<svg/>")
-        cells = [{"source": ["# Title"]}, {"source": ["**Reading.** One doubt.\n", f"Another of {name}."]}]
-        notebook = paths.NOTEBOOKS / paper / f"{name}.ipynb"
-        notebook.parent.mkdir(parents=True, exist_ok=True)
-        notebook.write_text(json.dumps({"cells": cells}))
 
 
-def test_a_claim_becomes_a_row_with_a_link_to_its_notebook(page):
-    exhibit("sinkd", "table_encoder", "default")
-    readme.rewrite(page)
+def page(tree, name="results/sinkd.md"):
+    readme.write()
+    return (tree / name).read_text()
+
+
+def test_a_main_claim_stands_on_the_front_page_with_both_sides_of_its_difference(tree):
+    exhibit()
+    text = page(tree, "README.md")
     assert (
-        "### SinKD\n\n| exhibit | claim | ours | verdict | profile |\n|---|---|---|---|---|\n"
-        "| [table_encoder](notebooks/sinkd/table_encoder.ipynb) | SinKD is best<br><sub>eval/accuracy: arm=sinkhorn − "
-        "arm=kl > 0, over seed</sub> | 0.0312 [0.01, 0.05] | agrees in direction | default |\n"
-    ) in page.read_text()
+        "| [SinKD, many tasks](results/sinkd.md#table_encoder) | SinKD is best | 0.7812 − 0.75 = +0.0312 [−0.01, 0.05] "
+        "| inconclusive |\n"
+    ) in text
+    assert "| [SinKD](results/sinkd.md) | 1 inconclusive | – | – |\n" in text
 
 
-def test_the_text_around_the_markers_stays(page):
-    exhibit("sinkd", "table_encoder", "default")
-    readme.rewrite(page)
-    text = page.read_text()
-    assert text.startswith("# limbeck\n\n<!-- claims:begin -->\n\n### SinKD")
-    assert text.endswith(" |\n\n<!-- claims:end -->\n\nafter\n")
-    assert "old" not in text
+def test_the_text_around_the_markers_stays(tree):
+    exhibit()
+    for name in ("README.md", "results/README.md"):
+        text = page(tree, name)
+        assert text.startswith(f"# limbeck\n\n{readme.BEGIN}\n\n")
+        assert text.endswith(f" |\n\n{readme.END}\n\nafter\n")
+        assert "old" not in text
 
 
-def test_profiles_stand_in_order_and_smoke_never(page):
-    for profile in ("smoke", "paper", "full", "default"):
-        exhibit("sinkd", "table_encoder", profile)
-    exhibit("nola", "table_cost", "smoke", picture=True)
-    readme.rewrite(page)
-    rows = [line for line in page.read_text().splitlines() if "table_encoder" in line]
-    assert [row.split(" | ")[-1].rstrip(" |") for row in rows] == ["default", "full", "paper"]
-    assert "smoke" not in page.read_text() and "NOLA" not in page.read_text()
+def test_the_scoreboard_counts_each_claim_once_by_the_first_profile_that_has_it(tree):
+    state("sinkd", table_encoder=["main", "exact", "exact", "exploratory"])
+    words = ["disagrees", "agrees", "agrees", "not tested"]
+    exhibit(*(decision(f"table_encoder-{i}", verdict=word) for i, word in enumerate(words)))
+    exhibit(*(decision(f"table_encoder-{i}", verdict="inconclusive") for i in range(4)), profile="full")
+    exhibit(*(decision(f"table_encoder-{i}", verdict="inconclusive") for i in range(4)), profile="smoke")
+    assert "| [SinKD](results/sinkd.md) | 1 disagrees | 2 agrees | 1 not tested |\n" in page(tree, "README.md")
+    assert "| many tasks | default | 2 | – | – | 1 | 1 |\n" in page(tree, "results/README.md")
+    text = page(tree)
+    assert text.count("## table_encoder") == 1
+    assert "<summary>The same by profile full</summary>\n\nProfile `full` · " in text
+    assert "smoke" not in text
 
 
-def test_exhibits_stand_together_within_their_paper(page):
-    exhibit("kdrl", "table_methods", "default")
-    exhibit("sinkd", "fig_toy", "full", picture=True)
-    exhibit("sinkd", "table_encoder", "default", picture=True)
-    exhibit("sinkd", "fig_toy", "default", picture=True)
-    readme.rewrite(page)
-    text = page.read_text()
-    assert text.index("### SinKD") < text.index("### KDRL")
-    assert text.index("[fig_toy]") < text.index("[table_encoder]")
-    assert text.count("![") == 2
-    pictures = (
-        "![sinkd, fig_toy](results/default/sinkd/fig_toy.svg)\n\n**fig_toy.** One doubt. Another of fig_toy.\n\n"
-        "![sinkd, table_encoder](results/default/sinkd/table_encoder.svg)\n\n**table_encoder.** One doubt. Another of"
+def test_what_is_open_is_folded_unless_it_is_a_main_claim(tree):
+    state("sinkd", table_encoder=["main", "exploratory", "exploratory", "exploratory"])
+    words = ["inconclusive", "disagrees", "inconclusive", "not tested"]
+    exhibit(*(decision(f"table_encoder-{i}", verdict=word, statement=f"Claim {i}") for i, word in enumerate(words)))
+    shown, _, folded = page(tree).partition(
+        "<details>\n<summary>Explored, not decided: 1 inconclusive, 1 not tested</summary>\n\n|"
     )
-    assert text.index("[table_encoder](notebooks") < text.index(pictures) < text.index("### KDRL")
+    assert [f"Claim {i}" in shown for i in range(4)] == [True, True, False, False]
+    assert "| **Claim 0**<br><sub>eval/accuracy: " in shown
+    assert [f"Claim {i}" in folded for i in range(4)] == [False, False, True, True]
+    assert " | exploratory |\n\n</details>\n\n**Reading.** One doubt. Another of table_encoder.\n" in folded
 
 
-def test_a_picture_of_the_full_profile_stands_in_where_default_has_none(page):
-    exhibit("nola", "fig_rank", "default")
-    exhibit("nola", "fig_rank", "full", picture=True)
-    readme.rewrite(page)
-    assert "![nola, fig_rank](results/full/nola/fig_rank.svg)" in page.read_text()
+def test_each_exhibit_has_its_links_and_its_picture_of_the_first_profile(tree):
+    exhibit(picture=True)
+    exhibit(profile="full", picture=True)
+    text = page(tree)
+    assert (
+        "## table_encoder\n\n**Many tasks.** Profile `default` · [notebook](../notebooks/sinkd/table_encoder.ipynb) · "
+        "[executed](default/executed/sinkd/table_encoder.ipynb) · [numbers](default/sinkd/table_encoder.json)\n\n"
+        "![table_encoder: many tasks](default/sinkd/table_encoder.svg)\n\n| claim |"
+    ) in text
+    assert text.count("![") == 1
 
 
-def test_missing_values_and_bars_do_not_break_the_table(page):
-    rows = [decision(ours=None, interval=None, verdict="not tested"), decision(ours=2, interval=None)]
-    exhibit("sinkd", "table_encoder", "default", *rows, decision(statement="|s - t|\nis  small"))
-    readme.rewrite(page)
-    lines = [line for line in page.read_text().splitlines() if line.startswith("| [")]
-    assert [line.split(" | ")[2] for line in lines] == ["–", "2", "0.0312 [0.01, 0.05]"]
-    assert r"\|s - t\| is small" in lines[2]
-
-
-def test_writing_twice_changes_nothing_and_touches_nothing(page):
-    exhibit("sinkd", "table_encoder", "default", picture=True)
-    readme.rewrite(page)
-    before, stamp = page.read_bytes(), page.stat()
-    readme.rewrite(page)
-    assert page.read_bytes() == before
-    assert (page.stat().st_ino, page.stat().st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
-    assert sorted(file.name for file in page.parent.iterdir()) == ["README.md", "notebooks", "results"]
-
-
-def test_without_exhibits_the_page_says_how_to_get_them(page):
-    readme.rewrite(page)
-    assert "`make reproduce`" in page.read_text()
+def test_exhibits_stand_in_the_order_of_their_claims(tree):
+    state("sinkd", table_last=["exact"], fig_first=["exact"])
+    exhibit(decision("fig_first-0"), name="fig_first")
+    exhibit(decision("table_last-0"), name="table_last")
+    text = page(tree)
+    assert text.index("## table_last") < text.index("## fig_first")
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("changes", "expected"),
     [
-        "",
-        readme.BEGIN,
-        readme.END,
-        f"{readme.END}{readme.BEGIN}",
-        f"{readme.BEGIN}{readme.END}{readme.BEGIN}{readme.END}",
+        ({"ours": None, "interval": None, "sides": None, "verdict": "not tested"}, "–"),
+        ({"ours": 2, "interval": None, "sides": None}, "2"),
+        ({"ours": -13682.8, "interval": [-22424.8, -4940.8], "sides": None}, "−13683 [−22425, −4941]"),
+        ({"ours": -0.25, "sides": [0.5, 0.75]}, "0.5 − 0.75 = −0.25 [−0.01, 0.05]"),
+        ({"ours": 4.44e-5, "sides": [0.70066, 0.70062]}, "0.7007 − 0.7006 = +0.00004 [−0.01, 0.05]"),
+        ({"ours": 2.5e-15, "interval": None, "sides": None}, "2.5e−15"),
     ],
 )
-def test_a_page_without_its_markers_is_refused_and_kept(page, text):
-    page.write_text(text)
-    with pytest.raises(ValueError, match="expected <!-- claims:begin --> and then <!-- claims:end --> once"):
-        readme.rewrite(page)
-    assert page.read_text() == text
+def test_numbers_read_as_numbers(tree, changes, expected):
+    exhibit(decision(**changes))
+    assert f"</sub> | {expected} | " in page(tree)
+
+
+def test_an_order_shows_its_means_and_kendalls_tau(tree):
+    state("sinkd", rule=ORDER, table_encoder=["exploratory"])
+    exhibit(decision(sides=[0.1, 0.2, 0.3], ours=1.0, interval=[1.0, 1.0], verdict="agrees in direction"))
+    assert "| 0.1 → 0.2 → 0.3; τ = 1 [1, 1] |" in page(tree)
+
+
+def test_an_exhibit_of_before_has_no_sides_to_show(tree):
+    old = decision()
+    del old["sides"]
+    exhibit(old)
+    assert "</sub> | 0.0312 [−0.01, 0.05] | inconclusive | main |" in page(tree)
+
+
+def test_bars_and_breaks_do_not_break_a_table(tree):
+    exhibit(decision(statement="|s - t|\nis  small"))
+    assert r"| **\|s - t\| is small**<br>" in page(tree)
+
+
+def test_writing_twice_touches_nothing(tree):
+    exhibit(picture=True)
+    readme.write()
+    before = {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in tree.rglob("*.md")}
+    readme.write()
+    assert before == {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in tree.rglob("*.md")}
+    assert sorted(file.name for file in tree.rglob("*.md")) == ["README.md", "README.md", "sinkd.md"]
+
+
+def test_an_exhibit_with_a_claim_that_nobody_states_is_refused(tree):
+    exhibit(decision("other"))
+    with pytest.raises(ValueError, match=r"expected claims of data/claims/sinkd\.yaml, got \['other'\]; draw it again"):
+        readme.write()
+    assert (tree / "README.md").read_text() == TEXT
+
+
+@pytest.mark.parametrize("text", ["", readme.BEGIN, readme.END, f"{readme.END}{readme.BEGIN}", f"{TEXT}{TEXT}"])
+def test_a_page_without_its_markers_is_refused_and_all_are_kept(tree, text):
+    (tree / "results" / "README.md").write_text(text)
+    with pytest.raises(ValueError, match="expected <!-- generated:begin --> and then <!-- generated:end --> once"):
+        readme.write()
+    assert (tree / "README.md").read_text() == TEXT

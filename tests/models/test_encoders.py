@@ -121,3 +121,6 @@ def test_low_precision_rounds_the_products_and_leaves_float32_and_the_parameters
 def test_a_device_can_be_named_or_found():
     assert models.device("cpu") == torch.device("cpu")
     assert models.device("auto").type in ("cpu", "cuda")
+    for unknown in ("cudaa", "gpu", "", *([] if torch.cuda.is_available() else ["cuda", "cuda:1"])):
+        with pytest.raises(ValueError, match=f"received device '{unknown}'.*expected auto"):
+            models.device(unknown)

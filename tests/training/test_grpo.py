@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from limbeck import models, sampling, seeding
 from limbeck.adapters import NolaConfig
 from limbeck.losses import divergence, kdrl, policy
-from limbeck.training import grpo, learner, rollouts
+from limbeck.training import grpo, rollouts
 from limbeck.training.rollouts import Problem, Verdict
 
 END, WANTED, KD = 3, 5, 0.5
@@ -72,7 +72,7 @@ def make(temperature=1.0, **changes):
     } | changes
     student = decoder(0)
     sampler = sampling.Sampled(student, END, temperature)
-    return learner.Run(student, sampler, verify, decoder(1), learner.Settings(**settings))
+    return rollouts.Run(student, sampler, verify, decoder(1), rollouts.Settings(**settings))
 
 
 def problems(steps, names=(0, 1, 2)):
@@ -363,13 +363,13 @@ def tokenizer(words, **special):
 def test_a_teacher_of_another_vocabulary_or_end_is_refused():
     words = ["?", "[E]", "[P]", "a", "b"]
     student = tokenizer(words, eos_token="[E]", pad_token="[P]")
-    learner.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[P]"))
+    rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[P]"))
     with pytest.raises(
         ValueError, match="5 and 6 tokens, expected equal ones; 'c' is None for the student and 5 for the teacher"
     ):
-        learner.require_one_vocabulary(student, tokenizer([*words, "c"], eos_token="[E]", pad_token="[P]"))
+        rollouts.require_one_vocabulary(student, tokenizer([*words, "c"], eos_token="[E]", pad_token="[P]"))
     with pytest.raises(ValueError, match="expected equal ones; 'a' is 3 for the student and 4 for the teacher"):
         turned = [*words[:3], "b", "a"]
-        learner.require_one_vocabulary(student, tokenizer(turned, eos_token="[E]", pad_token="[P]"))
+        rollouts.require_one_vocabulary(student, tokenizer(turned, eos_token="[E]", pad_token="[P]"))
     with pytest.raises(ValueError, match=r"eos_token '\[E\]' for the student and '\[P\]' for the teacher"):
-        learner.require_one_vocabulary(student, tokenizer(words, eos_token="[P]", pad_token="[P]"))
+        rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[P]", pad_token="[P]"))

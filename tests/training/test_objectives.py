@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from limbeck.training import objectives
-from limbeck.training.learner import Scores
-from limbeck.training.rollouts import Rollout
+from limbeck.training.rollouts import Rollout, Scores
 from reference import divergence
 from reference import policy as reference
 

@@ -148,6 +148,44 @@ def test_an_interrupted_write_leaves_the_old_state_whole(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
 
 
+def half_run(state):
+    parameters, loss = problem()
+    steps = supervised.fit(parameters, loss, BATCHES, state=state, **SETTINGS)
+    for _ in range(5):
+        next(steps)
+    return state.read_bytes()
+
+
+def test_a_damaged_state_is_refused_with_path_and_remedy_and_changes_nothing(tmp_path):
+    state = tmp_path / "state"
+    whole = half_run(state)
+    other = {"parameter/weight": torch.zeros(4), "parameter/bias": torch.zeros(())}
+    resume.write_tensors(tmp_path / "other", other, {"state": json.dumps({"step": 1, "curve": {}})})
+    resume.write_tensors(tmp_path / "bare", {"parameter/weight": torch.zeros(3)})
+    foreign = [(tmp_path / name).read_bytes() for name in ("other", "bare")]
+    for damaged in (b"", whole[:7], whole[: len(whole) // 2], whole[:-1], b"x" * 100, *foreign):
+        state.write_bytes(damaged)
+        parameters, loss = problem()
+        with pytest.raises(ValueError, match=f"delete {state} to begin the run anew"):
+            next(supervised.fit(parameters, loss, BATCHES, state=state, **SETTINGS))
+        assert all(not parameter.any() for parameter in parameters.values())
+        assert state.read_bytes() == damaged
+
+
+def test_a_continued_run_keeps_the_memory_layout_of_its_moments(tmp_path):
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0)))
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    parameters = {"weight": weight}
+    first, second = (torch.optim.AdamW([weight], lr=0.1) for _ in range(2))
+    weight.square().sum().backward()
+    first.step()
+    resume.save(tmp_path / "state", parameters, first, {})
+    resume.load(tmp_path / "state", parameters, second)
+    for name, moment in first.state[weight].items():
+        assert second.state[weight][name].stride() == moment.stride(), name
+        assert torch.equal(second.state[weight][name], moment), name
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
     parameters, _ = problem()
     steps = supervised.fit(

@@ -144,7 +144,7 @@ def test_nothing_is_left_to_run_in_what_is_committed(copy):
             "#d55e01",
             DRAW - {"sinkd-fig_transport_plan"},
         ),  # it has no arms
-        ("src/limbeck/exhibits/figures.py", "#8a8a8a", "#8a8a8b", DRAW),
+        ("src/limbeck/exhibits/canvas.py", "#8a8a8a", "#8a8a8b", DRAW),
         ("src/limbeck/exhibits/limbeck.mplstyle", "font.size: 9", "font.size: 10", DRAW),
         ("src/limbeck/losses/transport.py", "-600.0", "-601.0", training(SINKD)),
         ("src/limbeck/tasks/chain_sum.py", "_POOL = 4", "_POOL = 5", training(KDRL) - {"kdrl-fig_kl_gradients-train"}),
@@ -163,7 +163,7 @@ def test_a_change_makes_stale_exactly_what_depends_on_it(copy, name, old, new, e
     ("name", "old", "new", "expected"),
     [
         ("src/limbeck/tasks/chain_sum.py", "_POOL = 4", "_POOL = 5", training(KDRL) - {"kdrl-fig_kl_gradients-train"}),
-        ("src/limbeck/exhibits/figures.py", "#8a8a8a", "#8a8a8b", DRAW),
+        ("src/limbeck/exhibits/canvas.py", "#8a8a8a", "#8a8a8b", DRAW),
         ("data/claims/sinkd.yaml", "id: encoder-kl-over-ce", "id: encoder-kl-before-ce", SINKD),
     ],
 )

@@ -4,6 +4,7 @@ A [in, r] and B [r, out] are the paper's, the input on the left. `nn.Linear` sto
 W itself, `nn.Conv2d` W^T as [out, c_in, h, w]: a convolution to r channels, then one of 1 x 1, without unfolding.
 """
 
+import functools
 import itertools
 import warnings
 
@@ -73,11 +74,13 @@ class NolaLayer(nn.Module, BaseTunerLayer):
             return tuple(Stream(config.basis_seed, key, factor, shape, distribution) for key in keys)
 
         shape_a, shape_b = (self.in_features, config.r), (config.r, width)
-        options = {"bits": config.quant_bits, "chunk_size": config.chunk_size, "budget": config.cache_bytes}
         fixed = streams("A0", shape_a, "uniform") if config.init == "noop" else ()
+        factor = functools.partial(
+            Factor, bank, bits=config.quant_bits, chunk_size=config.chunk_size, budget=config.cache_bytes
+        )
         return (
-            Factor(bank, streams("A", shape_a, config.basis_distribution), config.numbers[0], fixed=fixed, **options),
-            Factor(bank, streams("B", shape_b, config.basis_distribution), config.numbers[1], **options),
+            factor(streams("A", shape_a, config.basis_distribution), config.numbers[0], fixed=fixed),
+            factor(streams("B", shape_b, config.basis_distribution), config.numbers[1]),
         )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -18,21 +18,25 @@ from limbeck import paths
 from limbeck.exhibits import intervals, rules
 
 ALPHA = 0.05
+ROLES = ("main", "exact", "exploratory")  # what the abstract asserts; an identity or a count; everything else
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One statement of a paper: where it stands, how far to trust our reading of it, the rule that decides it."""
+    """One statement of a paper: where it stands, how far to trust our reading of it, its role, and what decides it."""
 
     id: str
     exhibit: str
     statement: str
     source: str
     reliability: str
+    role: str
     rule: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Raise ValueError, naming the claim, for a rule that cannot be decided."""
+        """Raise ValueError, naming the claim, for an unknown role or a rule that cannot be decided."""
+        if self.role not in ROLES:
+            raise ValueError(f"claim {self.id!r}: role must be one of {', '.join(ROLES)}; got {self.role!r}")
         try:
             rules.check(self.rule)
         except ValueError as error:
@@ -64,7 +68,8 @@ def load(paper: str) -> tuple[Claim, ...]:
 def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]:
     """One decision per claim, ready for JSON: `ours` with `interval`, `level`, `count`, the rule in words, the verdict.
 
-    `ours` is the mean of left - right, of Kendall's tau for `monotone`, of left for `exact` and `report`.
+    `ours` is the mean of left - right, of Kendall's tau for `monotone`, of left for `exact` and `report`; `sides` are
+    the means of what was compared, in the rule's order, where that is more than one thing.
     Holm's family is every claim with a test and enough replicates: pass the claims of one exhibit, all of them.
     An order agrees in direction only if it holds for the means over replicates as well.
     A claim whose arms are not in the frame is "not tested". Raises ValueError for a metric or a coordinate that is no
@@ -76,7 +81,10 @@ def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]
     levels = dict(zip(family, intervals.holm_levels(p_values, alpha=ALPHA), strict=True))
     decisions = [_decision(claim, measured[i], levels.get(i, 1 - ALPHA)) for i, claim in enumerate(claims)]
     for claim, decision in zip(claims, decisions, strict=True):
-        if decision["verdict"] == "agrees in direction" and not _holds(claim.rule, frame):
+        compared = decision["ours"] is not None and len(rules.terms(claim.rule)) > 1
+        decision["sides"] = _sides(claim.rule, frame) if compared else None
+        broken = claim.rule["kind"] == "monotone" and compared and not (np.diff(decision["sides"]) > 0).all()
+        if decision["verdict"] == "agrees in direction" and broken:
             decision["verdict"] = "inconclusive"
     return decisions
 
@@ -113,13 +121,15 @@ def _means(parts: Sequence[pd.DataFrame], metric: str, replicate: str) -> np.nda
     return np.stack([part.groupby(replicate)[metric].mean().to_numpy(dtype=float) for part in parts], axis=1)
 
 
-def _holds(rule: Mapping[str, Any], frame: pd.DataFrame) -> bool:
-    """Whether the means over replicates stand in the stated order, each below the next; other rules say it by sign."""
-    if rule["kind"] != "monotone":
-        return True
-    parts = [_select(frame.dropna(subset=[rule["metric"]]), side) for side in rule["order"]]
-    means = _means(parts, rule["metric"], rule.get("replicate", "seed")).mean(axis=0)
-    return bool((np.diff(means) > 0).all())
+def _sides(rule: Mapping[str, Any], frame: pd.DataFrame) -> list[float]:
+    """The mean over replicates of each thing that a rule compares; a number stands for itself."""
+    frame, replicate = frame.dropna(subset=[rule["metric"]]), rule.get("replicate", "seed")
+    return [
+        float(_select(frame, term).groupby(replicate)[rule["metric"]].mean().mean())
+        if isinstance(term, Mapping)
+        else float(term)
+        for term in rules.terms(rule)
+    ]
 
 
 def _select(frame: pd.DataFrame, side: Mapping[str, Any]) -> pd.DataFrame:

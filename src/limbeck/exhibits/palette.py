@@ -1,4 +1,4 @@
-"""How each arm looks in every figure: label, colour (after Okabe and Ito: told apart without red and green), marker."""
+"""How each arm looks in every figure: label, colour (after Okabe and Ito), and marker where colours come close."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ ARMS = {
     "tvd": Look("Total variation", "#cc79a7", "D"),
     "l1": Look("L1", "#e69f00", "P"),
     "sinkhorn": Look("Sinkhorn", "#d55e00", "o"),
-    "debiased": Look("Sinkhorn, debiased", "#117733", "o"),
+    "debiased": Look("Sinkhorn, debiased", "#117733", "D"),
     "value": Look("OT of values", "#ddaa33", "X"),
     "zero_one": Look("0–1 OT", "#bb5566", "p"),
     "sinkhorn_answer": Look("Sinkhorn (first)", "#d55e00", "o"),
@@ -37,16 +37,16 @@ ARMS = {
     "k2_reward": Look("k2 in reward", "#e69f00", "^"),
     "k3_reward": Look("k3 in reward", "#56b4e9", "^"),
     "k2_held": Look("k2, ratio held", "#aa4499", "s"),
-    "k3_held": Look("k3, ratio held", "#332288", "s"),
+    "k3_held": Look("k3, ratio held", "#332288", "D"),
     "k2_free": Look("k2, ratio free", "#cc79a7", "X"),
-    "k3_free": Look("k3, ratio free", "#009e73", "X"),
+    "k3_free": Look("k3, ratio free", "#009e73", "P"),
     "start": Look("Starting student", "#bbbbbb", "o"),
     "base": Look("Before its mistakes", "#6699cc", "d"),
     "student": Look("Student", "#d55e00", "o"),
-    "able": Look("Able student", "#e69f00", "o"),
+    "able": Look("Able student", "#e69f00", "P"),
     "weak": Look("Weak student", "#882255", "o"),
     "mediocre": Look("Mediocre teacher", "#8a8a8a", "*"),
-    "terse": Look("Terse teacher", "#009e73", "*"),
+    "terse": Look("Terse teacher", "#009e73", "X"),
     "sft": Look("SFT", "#8a8a8a", "X"),
     "rejection": Look("SFT, right only", "#999933", "P"),
     "grpo": Look("GRPO", "#0072b2", "s"),
@@ -72,7 +72,7 @@ ARMS = {
     "group_annealed": Look("Unsolved, annealed", "#117733", "p"),
     "none": Look("No adaptation", "#bbbbbb", "o"),
     "full": Look("Full fine-tuning", "#333333", "s"),
-    "lora": Look("LoRA", "#0072b2", "s"),
+    "lora": Look("LoRA", "#0072b2", "d"),
     "lora_4": Look("LoRA, r = 4", "#56b4e9", "D"),
     "lora_1": Look("LoRA, r = 1", "#0072b2", "s"),
     "vera": Look("VeRA", "#cc79a7", "v"),
@@ -100,12 +100,18 @@ ARMS = {
 }
 
 
+_AFTER_OTHERS = {"o": "P", "s": "d", "^": "<", "v": ">", "D": "h"}  # markers of a sum's last term
+
+
 def look(arm: str) -> Look:
     """How an arm appears; a sum of terms, such as `ce+kl`, is named in full and looks like its last term.
 
+    Sums of three terms have another marker, since they stand beside those of two.
     Raises ValueError for an arm, or a term of one, that is not in the table.
     """
     names = arm.split("+")
     if unknown := [name for name in names if name not in ARMS]:
         raise ValueError(f"expected arms among {', '.join(ARMS)}, or sums of them; got {unknown[0]} in {arm}")
-    return ARMS[names[-1]]._replace(label=" + ".join(ARMS[name].label for name in names))
+    last = ARMS[names[-1]]
+    marker = _AFTER_OTHERS.get(last.marker, last.marker) if len(names) > 2 else last.marker
+    return Look(" + ".join(ARMS[name].label for name in names), last.colour, marker)

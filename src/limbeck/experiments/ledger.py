@@ -123,12 +123,12 @@ class Ledger:
                 return False
             state = self.resume / self.hash(cell) / "state.safetensors"
             known = list(self.measured().values())
-            place = Workspace(self.checkpoints, state, known, self.device, self.settings.precision)
-            self._settle(cell, self._run(cell, place))
+            workspace = Workspace(self.checkpoints, state, known, self.device, self.settings.precision)
+            self._settle(cell, self._run(cell, workspace))
             shutil.rmtree(state.parent, ignore_errors=True)
             return True
 
-    def _run(self, cell: Cell, place: Workspace) -> Result:
+    def _run(self, cell: Cell, workspace: Workspace) -> Result:
         """Run one cell to its end, with a bar that says what it is."""
         number = f"{self.cells.index(cell) + 1}/{len(self.cells)}"
         label = " ".join([*self.identity.values(), number, records.cell_name(cell.coordinates)])
@@ -140,8 +140,8 @@ class Ledger:
                 bar.total = step["steps"]
                 bar.update(step["step"] - bar.n)
 
-            threads = self.settings.threads
-            return execute(self.module, self.section, self.cells, cell, place, threads=threads, on_step=on_step)
+            threads, cells = self.settings.threads, self.cells
+            return execute(self.module, self.section, cells, cell, workspace, threads=threads, on_step=on_step)
 
     def _settle(self, cell: Cell, result: Result) -> None:
         """Write the record, then list it as settled: a kill in between loses nothing but the list's entry."""

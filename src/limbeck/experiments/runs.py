@@ -103,22 +103,22 @@ def execute(
     section: Any,
     cells: Sequence[Cell],
     cell: Cell,
-    place: Workspace,
+    workspace: Workspace,
     *,
     threads: int,
     on_step: Callable[[dict[str, Any]], None],
 ) -> Result:
     """Run one of an experiment's cells to its end, calling `on_step` after each step with what the run says of it.
 
-    `place.records` may hold any records in any order: the cell sees those of earlier waves, in the order of `cells`.
+    `workspace.records` may hold any records in any order: the cell sees those of earlier waves, as `cells` orders them.
     """
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # else a convolution in float32 keeps 10 bits of its inputs
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     earlier = [other.coordinates for other in cells if other.wave < cell.wave]
-    visible = [record for coordinates in earlier for record in place.records if record["cell"] == coordinates]
-    steps = experiment.run(cell, section, replace(place, records=visible))
+    visible = [record for coordinates in earlier for record in workspace.records if record["cell"] == coordinates]
+    steps = experiment.run(cell, section, replace(workspace, records=visible))
     while True:
         try:
             step = next(steps)

@@ -147,10 +147,12 @@ def shaped_advantages(
     Raises ValueError for an unknown placement, and as `policy.group_advantages`.
     """
     require_choice("placement", placement, PLACEMENTS)
-    log_ratios, options = log_ratios.detach().masked_fill(~mask, 0), {"scale": scale, "counted": counted}
+    log_ratios = log_ratios.detach().masked_fill(~mask, 0)
     if placement == "post":
-        return policy.group_advantages(rewards, **options)[..., None] * mask + kd_coef * log_ratios
+        advantages = policy.group_advantages(rewards, scale=scale, counted=counted)
+        return advantages[..., None] * mask + kd_coef * log_ratios
     teacher_rewards = log_ratios.sum(-1)
     if placement == "mean":
         teacher_rewards = teacher_rewards / mask.sum(-1).clamp_min(1)
-    return policy.group_advantages(rewards + kd_coef * teacher_rewards, **options)[..., None] * mask
+    shaped = rewards + kd_coef * teacher_rewards
+    return policy.group_advantages(shaped, scale=scale, counted=counted)[..., None] * mask

@@ -17,8 +17,19 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def device(name: str) -> torch.device:
-    """`auto` is cuda where there is one, else the CPU; anything else is a torch device."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """`auto` is cuda where there is one, else the CPU; anything else is a torch device.
+
+    Raises ValueError for a name that torch does not know, and for cuda where there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"received device {name!r}, expected auto, cpu, cuda or another of torch's: {error}") from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"received device {name!r}, but torch finds no such device here; expected auto or cpu")
+    return where
 
 
 def precision(name: str, where: torch.device) -> torch.dtype:

@@ -131,16 +131,16 @@ def attach(model: nn.Module, arm: str, *, rank: int, seed: int) -> int:
         return sum(parameter.numel() for parameter in model.parameters() if id(parameter) in body)
     model.requires_grad_(False)
     if arm.startswith("lora_"):
-        options = dict.fromkeys(("r", "lora_alpha"), int(arm.removeprefix("lora_")))
+        width, targets = int(arm.removeprefix("lora_")), _layer_names(model, _LORA_TARGETS)
         with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(LoraConfig(target_modules=_layer_names(model, _LORA_TARGETS), **options), model)
+            inject_adapter_in_model(LoraConfig(r=width, lora_alpha=width, target_modules=targets), model)
         draw_start(model, seed)
     elif arm in ("nola", "nola_half"):
         count = budget(model) // (1 if arm == "nola" else 2)
         matrices = len(_targets(model, _NOLA_TARGETS))
-        options = {"target_modules": _layer_names(model, _NOLA_TARGETS), "basis_seed": seed}
-        number = count // (2 * matrices)
-        inject_adapter_in_model(NolaConfig(r=rank, nola_alpha=rank, num_basis=number, **options), model)
+        number, targets = count // (2 * matrices), _layer_names(model, _NOLA_TARGETS)
+        config = NolaConfig(r=rank, nola_alpha=rank, num_basis=number, target_modules=targets, basis_seed=seed)
+        inject_adapter_in_model(config, model)
     elif arm != "linear":
         raise ValueError(f"received arm {arm!r}, expected linear, full, lora_<r>, nola or nola_half")
     added = sum(parameter.numel() for parameter in models.trainable(model).values())

@@ -65,11 +65,10 @@ def reward(gold: str, text: str) -> float:
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify  # noqa: PLC0415  (not for all)
 
-    options = {"raise_on_error": True}
-    expected = parse(f"${gold.strip('$')}$", parsing_timeout=None, **options)
+    expected = parse(f"${gold.strip('$')}$", parsing_timeout=None, raise_on_error=True)
     expressions = [expression for expression in expected if not isinstance(expression, str)]
-    if not expressions or not verify(expressions, expressions, timeout_seconds=None, **options):
+    if not expressions or not verify(expressions, expressions, timeout_seconds=None, raise_on_error=True):
         raise ValueError(f"received the gold answer {gold!r}, expected one that math-verify reads; it read {expected}")
     forms = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    answers = parse(text, forms, parsing_timeout=None, **options)
-    return float(verify(expected, answers, timeout_seconds=None, **options))
+    answers = parse(text, forms, parsing_timeout=None, raise_on_error=True)
+    return float(verify(expected, answers, timeout_seconds=None, raise_on_error=True))

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.training import processes, resume
-from limbeck.training.learner import Run, Scores
-from limbeck.training.rollouts import Metrics, Problem, Rollout, micro_batches
+from limbeck.training.rollouts import Metrics, Problem, Rollout, Run, Scores, micro_batches
 
 Terms = dict[str, Tensor]
 Curve = dict[str, list[float]]

@@ -29,8 +29,15 @@ def fit(
 ) -> Generator[dict[str, float], None, Curve]:
     """`supervised.fit` of the model's trainable parameters on solutions, which end with the end token."""
     loss = solution_loss(model, prompts, solutions, dtype)
-    settings = {"learning_rate": learning_rate, "clip_norm": clip_norm, "state": state, "save_every": save_every}
-    return supervised.fit(models.trainable(model), loss, batches, **settings)
+    return supervised.fit(
+        models.trainable(model),
+        loss,
+        batches,
+        learning_rate=learning_rate,
+        clip_norm=clip_norm,
+        state=state,
+        save_every=save_every,
+    )
 
 
 def solution_loss(

@@ -14,8 +14,7 @@ from torch import Tensor
 from limbeck.losses import divergence, estimates, kdrl, policy
 from limbeck.losses.masking import require_choice
 from limbeck.training.grpo import Objective, Terms
-from limbeck.training.learner import Scores
-from limbeck.training.rollouts import Metrics, Rollout
+from limbeck.training.rollouts import Metrics, Rollout, Scores
 
 _TOP_K = re.compile(r"(raw|renormalised|tail)_(student|teacher)_(\d+)")
 _ANNEALED = {"initial": 2.5, "floor": 0.5, "reached": 80 / 280}  # of the best constant, and of the steps; the paper's
@@ -179,8 +178,10 @@ def _teachers_term(kind: str, rollout: Rollout, scores: Scores) -> Tensor:
     if kind == "exact":
         return scores.restored(divergence.reverse_kl_per_token(scores.logits, scores.teacher_logits()))
     form, support, k = _TOP_K.fullmatch(kind).groups()
-    options = {"k": int(k), "support": support, "form": form}
-    return scores.restored(estimates.top_k_reverse_kl_per_token(scores.logits, scores.teacher_logits(), **options))
+    teacher_logits = scores.teacher_logits()
+    return scores.restored(
+        estimates.top_k_reverse_kl_per_token(scores.logits, teacher_logits, k=int(k), support=support, form=form)
+    )
 
 
 def _entropies(logits: Tensor) -> Tensor:

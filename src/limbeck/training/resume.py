@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,19 +27,32 @@ def save(
 
 
 def load(path: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Put a saved state back in place; returns its JSON part, or None where nothing was saved."""
+    """Put a saved state back in place; returns its JSON part, or None where nothing was saved.
+
+    Raises ValueError, before anything is changed, for a damaged file, and for the state of other parameters.
+    """
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open does not iterate)
-        state = json.loads(file.metadata()["state"])
+    remedy = f"delete {path} to begin the run anew"
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open does not iterate)
+            state = json.loads(file.metadata()["state"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"received a state that cannot be read ({error!r}), expected one whole; {remedy}") from error
+    shapes = {f"parameter/{name}": parameter.shape for name, parameter in parameters.items()}
+    saved = {key: tensor.shape for key, tensor in tensors.items() if key.startswith("parameter/")}
+    if odd := sorted(key for key in shapes.keys() | saved.keys() if shapes.get(key) != saved.get(key)):
+        raise ValueError(f"received a state of other parameters, such as {odd[0]}, expected {len(shapes)}; {remedy}")
     with torch.no_grad():
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
+            parameter = parameters[name]
             if kind == "parameter":
-                parameters[name].copy_(tensor)
+                parameter.copy_(tensor)
             else:
-                optimiser.state[parameters[name]][kind] = tensor.to(parameters[name].device)
+                moment = torch.empty_like(parameter, dtype=tensor.dtype) if tensor.ndim else torch.empty_like(tensor)
+                optimiser.state[parameter][kind] = moment.copy_(tensor).to(parameter.device)
     return state
 
 

@@ -1,15 +1,23 @@
-"""The completions of a training step, and what is known of them before any gradient."""
+"""A policy in training with those around it: who samples, who judges, who teaches; and what is known of a step.
+
+A step's completions are a `Rollout`, all that is known of them before any gradient. Where there are several processes,
+each samples and judges its own prompts, and all know the whole rollout.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from limbeck.sampling import Tokens
+from limbeck import models, sampling
+from limbeck.sampling import Decoder, Sampler, Tokens
+from limbeck.training import processes
 
 
 class Problem(NamedTuple):
@@ -104,3 +112,131 @@ def micro_batches(rollout: Rollout, rows: Sequence[int], tokens: int) -> list[In
             batches.append([])
         batches[-1].append(row)
     return [torch.tensor(batch) for batch in batches]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the policy says, with gradient, of some rows of a rollout; and the teacher, at the same tokens, if asked."""
+
+    rows: Int[Tensor, " row"]
+    mask: Bool[Tensor, "row time"]
+    logprobs: Float[Tensor, "row time"]
+    logits: Float[Tensor, "token vocab"]
+    teacher_logits: Callable[[], Float[Tensor, "token vocab"]]
+
+    def restored(self, values: Float[Tensor, " token"]) -> Float[Tensor, "row time"]:
+        """Values of the tokens at their places, 0 elsewhere."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run samples and steps; with `updates` above 1, all but the first are off-policy."""
+
+    group_size: int
+    longest: int
+    seed: int
+    learning_rate: float
+    clip_norm: float
+    save_every: int
+    micro_tokens: int
+    updates: int = 1
+    split_every: int = 10
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a group of one and for what must be above 0."""
+        if self.group_size < 2:
+            raise ValueError(f"received group_size {self.group_size}, expected at least two completions a prompt")
+        for name, value in dataclasses.asdict(self).items():
+            if name != "seed" and not value > 0:
+                raise ValueError(f"received {name} {value}, expected {name} > 0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A policy in training, who samples for it, who judges, and who teaches."""
+
+    policy: Decoder
+    sampler: Sampler
+    verify: Callable[[Problem, Tokens], Verdict]
+    teacher: Decoder | None
+    settings: Settings
+    dtype: torch.dtype = torch.float32
+
+    def score(self, rollout: Rollout, rows: Tensor) -> Scores:
+        """What policy and teacher say of some rows, at the sampling temperature."""
+        prompts, completions = (
+            [parts[row] for row in rows.tolist()] for parts in (rollout.prompts, rollout.completions)
+        )
+
+        def logits_of(model: Decoder) -> tuple[Tensor, Tensor]:
+            with models.autocast(model.device, self.dtype):
+                return sampling.completion_logits(model, prompts, completions, temperature=self.sampler.temperature)
+
+        @torch.no_grad()
+        def teacher_logits() -> Tensor:
+            if self.teacher is None:
+                raise ValueError("received no teacher, expected one: a term reads its logits")
+            return logits_of(self.teacher)[0]
+
+        logits, mask = logits_of(self.policy)
+        wider = (0, rollout.mask.shape[1] - mask.shape[1])
+        logprobs = nn.functional.pad(sampling.completion_logprobs(logits, mask, completions), wider)
+        return Scores(rows, nn.functional.pad(mask, wider), logprobs, logits, teacher_logits)
+
+    def roll(self, problems: Sequence[Problem], step: int) -> Rollout:
+        """Sample, judge and let the teacher score. Raises ValueError for a reward that is not finite, or no verdict."""
+        device = self.policy.device
+        parts = processes.gathered(self._roll(processes.chunk(problems), step).to(torch.device("cpu")))
+        rollout = merged(parts).to(device)
+        if not rollout.rewards.isfinite().any():
+            raise ValueError(f"received no verdict on {len(rollout.completions)} completions, expected one that works")
+        return rollout
+
+    def _roll(self, problems: Sequence[Problem], step: int) -> Rollout:
+        """The part of a rollout that belongs to some problems."""
+        size, prompts = self.settings.group_size, [problem.prompt for problem in problems]
+        names = [f"{step}/{problem.name}" for problem in problems]
+        longest, seed = self.settings.longest, self.settings.seed
+        sampled = self.sampler(prompts, names, group_size=size, longest=longest, seed=seed)
+        rows = sampled.rows()
+        verdicts = [_judged(self.verify, problems[row // size], tokens) for row, tokens in enumerate(rows)]
+        rewards, correct = (torch.tensor(x).unflatten(0, (-1, size)) for x in zip(*verdicts, strict=True))
+        repeated = [prompt for prompt in prompts for _ in range(size)]
+        rollout = Rollout(repeated, rows, sampled.mask, sampled.logprobs, sampled.ended, rewards.float(), correct)
+        return (
+            rollout
+            if self.teacher is None
+            else dataclasses.replace(rollout, teacher_logprobs=self._teacher_logprobs(rollout))
+        )
+
+    @torch.no_grad()
+    def _teacher_logprobs(self, rollout: Rollout) -> Tensor:
+        """The teacher's log-probability of every token."""
+        scorer, logprobs = dataclasses.replace(self, policy=self.teacher), torch.zeros_like(rollout.old_logprobs)
+        for rows in micro_batches(rollout, range(len(rollout.completions)), self.settings.micro_tokens):
+            logprobs[rows] = scorer.score(rollout, rows).logprobs
+        return logprobs
+
+
+def _judged(verify: Callable[[Problem, Tokens], Verdict], problem: Problem, tokens: Tokens) -> Verdict:
+    try:
+        verdict = verify(problem, tokens)
+    except Exception:  # whatever it is: counted, and reported as rollout/unjudged
+        return Verdict(float("nan"), correct=False)
+    if not math.isfinite(verdict.reward):
+        raise ValueError(f"received the reward {verdict.reward} for problem {problem.name!r}, expected a finite one")
+    return verdict
+
+
+def require_one_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless two tokenizers give every token, and every special token, the same number."""
+    one, other = student.get_vocab(), teacher.get_vocab()
+    if one != other:
+        token = min(set(one.items()) ^ set(other.items()))[0]
+        numbers = f"{token!r} is {one.get(token)} for the student and {other.get(token)} for the teacher"
+        raise ValueError(f"received vocabularies of {len(one)} and {len(other)} tokens, expected equal ones; {numbers}")
+    for name in ("eos_token", "bos_token", "pad_token"):
+        left, right = getattr(student, name), getattr(teacher, name)
+        if left != right:
+            raise ValueError(f"received {name} {left!r} for the student and {right!r} for the teacher, expected one")

@@ -6,7 +6,7 @@ be left out: the weight where it is chosen or there is none, the models where th
 
 import re
 import statistics
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +17,8 @@ from limbeck.experiments import runs
 from limbeck.experiments.kdrl.problems import Problems
 from limbeck.experiments.runs import Result, Workspace
 from limbeck.params import positive
-from limbeck.training import grpo, learner, objectives, rollouts
-from limbeck.training.grpo import Curve
+from limbeck.training import grpo, objectives, rollouts
+from limbeck.training.grpo import Curve, Objective
 from limbeck.training.rollouts import Problem
 
 START, TEACHER = "start", "teacher"  # methods that are not trained
@@ -83,9 +83,9 @@ class Loop:
         """The last step of each window of a curve, counted from 1."""
         return [min(start + self.save_every, self.steps) for start in range(0, self.steps, self.save_every)]
 
-    def settings(self, *, longest: int, seed: int) -> learner.Settings:
+    def settings(self, *, longest: int, seed: int) -> rollouts.Settings:
         """Those of the loop for one seed."""
-        return learner.Settings(
+        return rollouts.Settings(
             group_size=self.group_size,
             longest=longest,
             seed=seed,
@@ -104,28 +104,27 @@ def train(
     problems: Problems,
     loop: Loop,
     *,
-    kd_coef: float,
+    objective: Callable[..., Objective],
     workspace: Workspace,
 ) -> Steps:
     """Train the student by the arm at these coordinates; in a final cell, then score it on the test splits.
 
-    For SFT the teacher writes the texts, and scores none. A seed fixes the prompts of every step and the random numbers
-    of every sample, for every arm.
+    `objective` is `objectives.objective` with all but what the loop knows. For SFT the teacher writes the texts, and
+    scores none. A seed fixes the prompts of every step and the random numbers of every sample, for every arm.
     """
     method, seed, dtype = objectives.arm(coordinates["arm"]), coordinates["seed"], workspace.dtype
     switch = switch_step(coordinates, workspace.records, loop) if method.schedule == "switch" else None
     sampler = problems.sampler(student if method.texts == "own" else teacher, dtype)
     scorer = teacher if method.asks_teacher else None
     settings = loop.settings(longest=problems.params.longest, seed=seed)
-    run = learner.Run(student, sampler, problems.verifier(), scorer, settings, dtype)
-    plan = {"steps": loop.steps, "switch": switch, "measure_every": loop.measure_every}
-    objective = objectives.objective(method, kd_coef=kd_coef, **plan)
+    run = rollouts.Run(student, sampler, problems.verifier(), scorer, settings, dtype)
+    minimised = objective(method, steps=loop.steps, switch=switch, measure_every=loop.measure_every)
 
     def measure() -> dict[str, float]:
         return problems.validation_scores(student, samples=loop.validation_samples, dtype=dtype)
 
     weights, prompts = models.trainable(student), step_problems(problems, loop, seed)
-    curve = yield from grpo.fit(run, weights, prompts, objective, state=workspace.state, measure=measure)
+    curve = yield from grpo.fit(run, weights, prompts, minimised, state=workspace.state, measure=measure)
     metrics = summary(curve, loop) | ({} if switch is None else {"kd/switch": float(switch)})
     if coordinates["phase"] == "final":
         metrics |= problems.test_scores(student, seed=seed, dtype=dtype)

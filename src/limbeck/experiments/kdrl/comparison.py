@@ -6,6 +6,7 @@ ratios). `kd_then_rl` switches where `kd`, of the same seed, stopped rising on v
 Test splits are read after the last step and choose nothing.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,8 +75,10 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
         model = student if name == START else teacher
         return (yield from arms.only_score(model, problems, seed=coordinates["seed"], workspace=workspace))
     kd_coef = coefficient(coordinates, workspace.records)
-    settings = {"kd_coef": kd_coef, "workspace": workspace}
-    result = yield from arms.train(coordinates, student, teacher, problems, params.loop, **settings)
+    objective = functools.partial(objectives.objective, kd_coef=kd_coef)
+    result = yield from arms.train(
+        coordinates, student, teacher, problems, params.loop, objective=objective, workspace=workspace
+    )
     result.metrics["kd/coefficient"] = kd_coef
     return result
 

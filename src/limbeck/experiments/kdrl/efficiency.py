@@ -29,7 +29,7 @@ from limbeck import measurements, models, params, sampling, seeding
 from limbeck.losses import policy
 from limbeck.models import language
 from limbeck.tasks import chain_sum
-from limbeck.training import grpo, learner, objectives
+from limbeck.training import grpo, objectives, rollouts
 from limbeck.training.rollouts import Problem, Verdict
 
 SECTIONS = {"smoke": "tiny", "bench": "bench"}  # profile: section of params/kdrl.yaml
@@ -144,7 +144,7 @@ def ours(arm: str, section: Params, lengths: str, size: int, examples: Examples)
         reward = chain_sum.reward(examples[problem.name], tokenizer.decode(completion, skip_special_tokens=True))
         return Verdict(reward, correct=reward == 1.0)
 
-    settings = learner.Settings(
+    settings = rollouts.Settings(
         group_size=size,
         longest=section.longest,
         seed=0,
@@ -154,7 +154,7 @@ def ours(arm: str, section: Params, lengths: str, size: int, examples: Examples)
         micro_tokens=section.micro_tokens,
         split_every=count,
     )
-    run = learner.Run(student, sampling.Sampled(student, tokenizer.eos_token_id), verify, teacher, settings)
+    run = rollouts.Run(student, sampling.Sampled(student, tokenizer.eos_token_id), verify, teacher, settings)
     problems = [[Problem(tuple(tokenizer(prompt)["input_ids"]), prompt) for prompt in examples]] * count
     objective = objectives.objective(method, kd_coef=section.kd_coef, steps=count, measure_every=count)
     steps = grpo.fit(run, models.trainable(student), problems, objective, state=None)

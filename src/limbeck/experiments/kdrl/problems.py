@@ -171,12 +171,13 @@ class Problems:
         The same seed draws the same random numbers for each sample. Raises ValueError if nothing could be judged.
         """
         sampler, together = self.sampler(model, dtype, temperature), self.together or len(examples)
-        settings = {"group_size": samples, "longest": self.params.longest, "seed": seed}
+        longest = self.params.longest
         rewards, lengths, ended = [], [], []
         for start in range(0, len(examples), together):
             batch = examples[start : start + together]
             names = [f"measured/{self.name(example)}" for example in batch]
-            completions = sampler([self.prompt(example) for example in batch], names, **settings)
+            prompts = [self.prompt(example) for example in batch]
+            completions = sampler(prompts, names, group_size=samples, longest=longest, seed=seed)
             rewards += [self._judged(batch[row // samples], tokens) for row, tokens in enumerate(completions.rows())]
             lengths += completions.mask.sum(1).tolist()
             ended += completions.ended.double().tolist()

@@ -6,6 +6,7 @@ meets. `start` and `teacher` are only measured. The test split is read after the
 Left out: a choice of the teacher's weight, which would cost a run each; the small comparisons have it.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from limbeck.experiments.kdrl.problems import WordParams, WordProblems, word_jud
 from limbeck.experiments.runs import Cell, Workspace
 from limbeck.models import language
 from limbeck.params import flat, positive
-from limbeck.training import imitation, learner, objectives, rollouts
+from limbeck.training import imitation, objectives, rollouts
 
 FURTHER = "further"
 
@@ -86,8 +87,12 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
         method, student = objectives.arm(arm), load_student(params, problems, workspace)
         needed = method.asks_teacher or method.texts != "own"
         teacher = load_teacher(params, problems, workspace) if needed else None
-        settings = {"kd_coef": params.kd_coef, "workspace": workspace}
-        return (yield from arms.train(cell.coordinates, student, teacher, problems, params.loop, **settings))
+        objective = functools.partial(objectives.objective, kd_coef=params.kd_coef)
+        return (
+            yield from arms.train(
+                cell.coordinates, student, teacher, problems, params.loop, objective=objective, workspace=workspace
+            )
+        )
 
 
 def _train_teacher(params: Params, problems: WordProblems, workspace: Workspace) -> Steps:
@@ -97,9 +102,17 @@ def _train_teacher(params: Params, problems: WordProblems, workspace: Workspace)
     source = seeding.generator(0, "further")
     rows = rollouts.batches(len(examples), size=params.further_batch, steps=params.further_steps, source=source)
     prompts, solutions = map(problems.prompt, examples), map(problems.worked, examples)
-    settings = {"learning_rate": params.further_learning_rate, "clip_norm": params.loop.clip_norm}
-    settings |= {"dtype": dtype, "state": workspace.state, "save_every": params.loop.save_every}
-    curve = yield from imitation.fit(model, list(prompts), list(solutions), list(map(torch.tensor, rows)), **settings)
+    curve = yield from imitation.fit(
+        model,
+        list(prompts),
+        list(solutions),
+        list(map(torch.tensor, rows)),
+        learning_rate=params.further_learning_rate,
+        clip_norm=params.loop.clip_norm,
+        dtype=dtype,
+        state=workspace.state,
+        save_every=params.loop.save_every,
+    )
     imitation.save(model, workspace.checkpoints, TEACHER)
     metrics = problems.validation_scores(model, samples=params.loop.validation_samples, dtype=dtype)
     return runs.result(metrics, curve, weights=models.trainable(model), dtype=dtype)
@@ -115,7 +128,7 @@ def load_teacher(params: Params, problems: WordProblems, workspace: Workspace) -
     """The teacher. Raises ValueError if its vocabulary is not the student's."""
     if params.teacher == FURTHER:
         return imitation.restore(load_student(params, problems, workspace), workspace.checkpoints, TEACHER)
-    learner.require_one_vocabulary(problems.tokenizer, language.load_tokenizer(params.teacher, problems.texts))
+    rollouts.require_one_vocabulary(problems.tokenizer, language.load_tokenizer(params.teacher, problems.texts))
     return _loaded(params.teacher, problems, workspace)
 
 

@@ -79,9 +79,17 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str,
     prompts, solutions = worked(params, problems, index)
     lengths = torch.tensor([len(x) + len(y) for x, y in zip(prompts, solutions, strict=True)])
     rows = batches(lengths, size=params.start_batch, steps=params.start_steps[index], seed=seed)
-    settings = {"learning_rate": params.rates[index], "clip_norm": params.start_clip_norm}
-    settings |= {"dtype": dtype, "state": workspace.state, "save_every": params.start_save_every}
-    curve = yield from imitation.fit(model, prompts, solutions, rows, **settings)
+    curve = yield from imitation.fit(
+        model,
+        prompts,
+        solutions,
+        rows,
+        dtype=dtype,
+        learning_rate=params.rates[index],
+        clip_norm=params.start_clip_norm,
+        state=workspace.state,
+        save_every=params.start_save_every,
+    )
     metrics = problems.test_scores(model, seed=0, dtype=dtype)
     imitation.save(model, workspace.checkpoints, cell.coordinates["arm"])
     return runs.result(metrics, curve, weights=models.trainable(model), dtype=dtype)
@@ -104,9 +112,10 @@ def drawn(params: Params, problems: Chains, seed: int) -> PreTrainedModel:
 
 def worked(params: Params, problems: Chains, index: int) -> tuple[list[Tokens], list[Tokens]]:
     """What the model at an index of the lists learns from: prompts, and solutions with the end token."""
-    style = {"terse": params.terse[index], "mistakes": params.mistakes[index], "seed": params.start_seeds[index]}
+    terse, mistakes, seed = params.terse[index], params.mistakes[index], params.start_seeds[index]
     examples = [example for family in problems.family_train.values() for example in family]
-    solutions = [(*problems.tokens(chain_sum.solution(example, **style)), problems.end) for example in examples]
+    texts = [chain_sum.solution(example, terse=terse, mistakes=mistakes, seed=seed) for example in examples]
+    solutions = [(*problems.tokens(text), problems.end) for text in texts]
     return [problems.prompt(example) for example in examples], solutions
 
 

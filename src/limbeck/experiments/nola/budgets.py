@@ -139,8 +139,7 @@ def attach(settings: Settings, work: Work, arm: str, budget: int, *, seed: int) 
         get_peft_model(model, NolaConfig(target_modules=work.targets, **sizes, **scale))
     if arm == "pranc":
         for name in work.targets:
-            options = {"seed": seed, "key": name, "scale": settings.pranc_scale}
-            attach_pranc(model.get_submodule(name), num_basis=budget, **options)
+            attach_pranc(model.get_submodule(name), num_basis=budget, seed=seed, key=name, scale=settings.pranc_scale)
     for name, parameter in model.named_parameters():
         if work.free(name):
             parameter.requires_grad_(True)
@@ -165,8 +164,15 @@ def fit(
         return {"loss/ce": F.cross_entropy(logits, train.labels[chosen].to(workspace.device))}
 
     batches = [torch.tensor(chosen) for chosen in rows]
-    options = {"clip_norm": settings.clip_norm, "state": workspace.state, "save_every": settings.save_every}
-    return supervised.fit(models.trainable(model), loss, batches, learning_rate=rate, **options)
+    return supervised.fit(
+        models.trainable(model),
+        loss,
+        batches,
+        learning_rate=rate,
+        clip_norm=settings.clip_norm,
+        state=workspace.state,
+        save_every=settings.save_every,
+    )
 
 
 def run(cell: Cell, settings: Settings, workspace: Workspace, work: Work) -> Steps:
@@ -175,8 +181,8 @@ def run(cell: Cell, settings: Settings, workspace: Workspace, work: Work) -> Ste
     rate, seed = rate_of(cell, workspace.records), coordinates["seed"]
     model = work.model.to(workspace.device)
     parameters = attach(settings, work, coordinates["arm"], coordinates["budget"], seed=seed)
-    options = {"order": seeding.generator(seed, "order"), "steps": settings.steps, "rate": rate}
-    curve = yield from fit(settings, workspace, model, train, **options)
+    order = seeding.generator(seed, "order")
+    curve = yield from fit(settings, workspace, model, train, order=order, steps=settings.steps, rate=rate)
     resnet.measure_statistics(model, train.images.to(workspace.device))
     counted = sum(parameter.numel() for name, parameter in parameters.items() if not work.free(name))
     metrics = {"adapter/coefficients": float(counted if coordinates["arm"] in SIZED else 0), "selection/rate": rate}

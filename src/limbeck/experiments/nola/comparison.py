@@ -83,8 +83,9 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     coordinates, decoder = cell.coordinates, FrozenDecoder(params.texts, workspace)
     if coordinates["phase"] == frozen_decoder.STATES:
         return (yield from frozen_decoder.write_states(cell, decoder))
-    options = {"layers": params.texts.layers, "vera_rank": params.vera_rank, "seed": coordinates["seed"]}
-    model = arms.attach(coordinates["arm"], decoder.load(), params.adapters, **options)
+    arm, seed = coordinates["arm"], coordinates["seed"]
+    layers, vera_rank = params.texts.layers, params.vera_rank
+    model = arms.attach(arm, decoder.load(), params.adapters, layers=layers, vera_rank=vera_rank, seed=seed)
     if coordinates["arm"] == "none":
         yield {"step": 1, "steps": 1}
         return result(_untrained(model, decoder, params, coordinates["seed"]), dtype=decoder.workspace.dtype)

@@ -142,8 +142,16 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     """Train and score one cell; yields once per step."""
     coordinates: dict[str, Any] = cell.coordinates
     if coordinates["phase"] == "first":
-        kept = {"data_seed": params.data_seed, "clip_norm": params.clip_norm, "save_every": params.save_every}
-        return (yield from first_training.train(coordinates["model"], params.first, workspace, **kept))
+        return (
+            yield from first_training.train(
+                coordinates["model"],
+                params.first,
+                workspace,
+                data_seed=params.data_seed,
+                clip_norm=params.clip_norm,
+                save_every=params.save_every,
+            )
+        )
     panel = next(panel for panel in params.panels if panel.coordinates.items() <= coordinates.items())
     drawn = shots(params, panel, phase=coordinates["phase"], subset=coordinates["subset"])
     learner = Learner(params, panel, drawn, workspace, coordinates["seed"])
@@ -154,8 +162,15 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
     added = vision.attach(learner.model, coordinates["arm"], rank=params.rank, seed=coordinates["seed"])
     rate = coordinates["rate"] if coordinates["phase"] == "select" else _chosen_rate(coordinates, workspace)
     parameters = models.trainable(learner.model.to(workspace.device))
-    options = {"clip_norm": params.clip_norm, "state": workspace.state, "save_every": params.save_every}
-    curve = yield from supervised.fit(parameters, learner.loss, learner.batches(), learning_rate=rate, **options)
+    curve = yield from supervised.fit(
+        parameters,
+        learner.loss,
+        learner.batches(),
+        learning_rate=rate,
+        clip_norm=params.clip_norm,
+        state=workspace.state,
+        save_every=params.save_every,
+    )
     metrics = {f"{prefix}/{name}": value for name, value in learner.scores().items()}
     metrics |= {"train/loss": curve["loss/ce"][-1], "train/rate": rate, "adapter/parameters": added}
     return result(metrics, curve, weights=parameters, dtype=learner.dtype)

@@ -88,8 +88,15 @@ def train(
 
     parameters = models.trainable(model)
     batches = _batches(torch.nonzero(among).flatten(), settings)
-    options = {"clip_norm": clip_norm, "state": workspace.state, "save_every": save_every}
-    curve = yield from supervised.fit(parameters, loss, batches, learning_rate=settings.first_rate, **options)
+    curve = yield from supervised.fit(
+        parameters,
+        loss,
+        batches,
+        learning_rate=settings.first_rate,
+        clip_norm=clip_norm,
+        state=workspace.state,
+        save_every=save_every,
+    )
     resume.write_tensors(workspace.checkpoints / file_of(name), dict(model.named_parameters()))
     with torch.no_grad():
         seen = vision.prepared(name, known.select(held), vision.SIDE).to(workspace.device)

@@ -202,9 +202,10 @@ class FrozenDecoder:
     def sentences(self, model: Model, asked: Sequence[Meaning], beams: int) -> list[str]:
         """What the whole model says for each meaning: the best of some beams; with 1, each time the likeliest token."""
         prompts, tokenizer = [self.data.prompt(meaning) for meaning in asked], self.data.tokenizer
-        options = {"end": tokenizer.eos_token_id, "longest": self.settings.longest, "dtype": self.workspace.dtype}
+        end, longest, dtype = tokenizer.eos_token_id, self.settings.longest, self.workspace.dtype
         complete = functools.partial(texts.beam_completions, beams=beams) if beams > 1 else texts.greedy_completions
-        return [tokenizer.decode(tokens).strip() for tokens in complete(model, prompts, **options)]
+        completions = complete(model, prompts, end=end, longest=longest, dtype=dtype)
+        return [tokenizer.decode(tokens).strip() for tokens in completions]
 
     def test_scores(self, model: Model, beams: int) -> dict[str, float]:
         """BLEU and ROUGE-L in [0, 100], and where slots are known the errors per slot, of what is said for the test."""

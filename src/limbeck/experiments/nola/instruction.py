@@ -114,8 +114,7 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str,
         (record,) = (record for record in measured if record["cell"]["phase"] == "selection")
         return Result(record["metrics"], {}, 0, record["dtype"])
     rate = _chosen_rate(arm, workspace) if final else coordinates["learning_rate"]
-    options = {"layers": params.texts.layers, "share": params.nola_share, "targets": LINEAR_LAYERS}
-    model, curve = arms.attach(arm, decoder.load(), params.adapters, seed=coordinates["seed"], **options), {}
+    model, curve = _attached(arm, decoder, params, coordinates["seed"]), {}
     if arm == _UNTRAINED:
         yield {"step": 1, "steps": 1}
     else:
@@ -127,6 +126,13 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Generator[dict[str,
         metrics |= {"train/loss": decoder.loss(model, "train"), **decoder.accuracies(model)}
         metrics["validation/gap"] = metrics["validation/loss"] - metrics["train/loss"]
     return result(metrics, curve, weights=models.trainable(model), dtype=decoder.workspace.dtype)
+
+
+def _attached(arm: str, decoder: "InstructionDecoder", params: Params, seed: int) -> Model:
+    layers, share = params.texts.layers, params.nola_share
+    return arms.attach(
+        arm, decoder.load(), params.adapters, seed=seed, layers=layers, share=share, targets=LINEAR_LAYERS
+    )
 
 
 def _chosen_rate(arm: str, workspace: Workspace) -> float:
@@ -179,8 +185,14 @@ class Data:
 @functools.lru_cache(maxsize=2)
 def prepare(settings: TextSettings, asking: InstructionSettings) -> Data:
     """The texts and questions in tokens. Raises ValueError for `chat` with a tokenizer that has no template."""
-    options = {"train_texts": settings.train_texts, "references": settings.references, "seed": settings.split_seed}
-    parts = instructions.load(settings.data, asking.questions, settings.split_sizes, **options)
+    parts = instructions.load(
+        settings.data,
+        asking.questions,
+        settings.split_sizes,
+        train_texts=settings.train_texts,
+        references=settings.references,
+        seed=settings.split_seed,
+    )
     words = (text for asked in parts[0] for text in (_PLAIN.format(asked.instruction), asked.text))
     tokenizer = language.load_tokenizer(settings.model, words)
     if asking.chat and tokenizer.chat_template is None:
@@ -227,8 +239,10 @@ def in_four_bits(name: str, where: torch.device) -> PreTrainedModel:
     """
     form = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**form, bnb_4bit_compute_dtype=torch.bfloat16)
-    options = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": str(where)}}
-    model = AutoModelForCausalLM.from_pretrained(assets.source(name), **options).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(
+        assets.source(name), quantization_config=config, dtype=torch.bfloat16, device_map={"": str(where)}
+    )
+    model.eval().requires_grad_(False)
     for path, layer in model.named_modules():
         if hasattr(getattr(layer, "weight", None), "quant_state") and layer.in_features % _BLOCK:
             raise ValueError(f"received {path} of {layer.in_features} inputs, expected a multiple of {_BLOCK}")

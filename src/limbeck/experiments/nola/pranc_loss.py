@@ -81,8 +81,8 @@ def _pretrain(
 ) -> budgets.Steps:
     """Train the whole network and leave its hidden layers."""
     model, order = model.to(workspace.device), seeding.generator(seed, "base order")
-    options = {"order": order, "steps": params.base_steps, "rate": params.base_rate}
-    curve = yield from budgets.fit(params.shared, workspace, model, data["train"], **options)
+    steps, rate = params.base_steps, params.base_rate
+    curve = yield from budgets.fit(params.shared, workspace, model, data["train"], order=order, steps=steps, rate=rate)
     hidden = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
     resume.write_tensors(workspace.checkpoints / _file(seed), hidden)
     scores = budgets.scores(model, data, workspace.device, test=False)
