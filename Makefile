@@ -14,8 +14,13 @@ EXHIBITS = $(shell ls results/{$(PROFILE),full}/*/*.json 2>/dev/null | sed 's|\.
 STAGES = $(shell printf '%s\n' $(EXHIBITS) | \
 	sed -E 's|results/full/([^/]+)/|pipelines/full/dvc.yaml:\1-|; s|results/[^/]+/([^/]+)/|\1-|')
 
+# Without git, as in an archive of the tree, DVC works only if it is told so.
+ifeq ($(wildcard .git .dvc/config.local),)
+$(shell printf '[core]\n    no_scm = true\n' > .dvc/config.local)
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test smoke figures full bench reseal lab lint pipeline readme clean
+.PHONY: help reproduce compare test smoke figures full bench reseal lab lint pipeline readme clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -27,10 +32,14 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $@
 
-reproduce: $(READY)  ## fetch the assets, retrain the default profile, draw its exhibits, renew the table in README.md
-	dvc repro
+reproduce: $(READY)  ## fetch the assets, retrain the default profile, draw its exhibits, compare them with the published ones
+	python -m limbeck.workflow.progress $(PROFILE)
 	python -m limbeck.exhibits.readme
 	@echo "The verdicts are in README.md, the pictures and numbers in results/, the executed notebooks in results/default/executed/."
+	python -m limbeck.workflow.compare
+
+compare: $(READY)  ## are these the published results? sets every record and exhibit beside HEAD's
+	python -m limbeck.workflow.compare
 
 test: $(READY) lint  ## lint, every test, and every notebook as README.md says, in a temporary copy of the tree
 	python -m limbeck.assets
@@ -47,9 +56,7 @@ figures: $(READY)  ## draw the exhibits again from the committed records; nothin
 	python -m limbeck.exhibits.readme
 
 full: $(READY)  ## the long experiments (hours on two cores; stop and continue at will)
-	python -m limbeck.assets
-	python -m limbeck.assets efficientnet_lite0
-	dvc repro --allow-missing pipelines/full/dvc.yaml
+	python -m limbeck.workflow.progress full
 	python -m limbeck.exhibits.readme
 
 bench: $(READY)  ## time the losses and the loop against their alternatives, each in one process, and draw what came out
@@ -78,9 +85,10 @@ lint: $(READY)
 	ruff check .
 	ruff format --check .
 
-pipeline: $(READY)  ## write digests.json, dvc.yaml and pipelines/full/dvc.yaml from code, notebooks and params/, and what stands to dvc.lock
+pipeline: $(READY)  ## write digests.json, both dvc.yaml and metrics.json from code, notebooks, params/ and exhibits, and what stands to dvc.lock
 	python -m limbeck.digests
 	python -m limbeck.workflow.stages
+	python -m limbeck.workflow.metrics default full
 	python -m limbeck.workflow.lock
 
 readme: $(READY)  ## renew the claims in README.md and results/*.md from the exhibits

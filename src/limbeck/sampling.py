@@ -7,11 +7,21 @@ batch that a prompt stands in, nor a restart, nor a sample that ended changes an
 A prompt is read once, for all its completions; a completion that has ended leaves the batch and the cache. Sampling and
 scoring share one temperature, and nothing is cut off (no top-p, no top-k): other log-probabilities than those sampled
 from would make the ratio of policies wrong.
+
+`VllmSampled` samples by vLLM, for policies too large for the built-in one; it needs `vllm` and a GPU. The engine lives
+in this process, is built with weights that mean nothing, and gets the model's before every call, so it follows a policy
+in training. Its log-probabilities are those that it sampled from, after the temperature; they differ from the model's
+own by the kernels' rounding, which the ratio of policies then carries. Unlike the built-in sampler's, its samples
+depend on the batch that a prompt stands in (by rounding) and on vLLM's version. It was held to a stand-in with vLLM's
+interface, not to vLLM itself.
 """
 
+import importlib.util
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -192,3 +202,76 @@ def require_room(model: Decoder, prompts: Sequence[Tokens], longest: int) -> Non
 def _require_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"received temperature {temperature}, expected temperature > 0")
+
+
+_MEMORY = 0.3  # share of the GPU for an engine: policy, teacher and optimiser lie beside it
+_COLDEST = 0.01  # vLLM samples no colder; 0 takes the most probable token
+_engines: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class VllmSampled:
+    """A `Sampler` for one model. `end` is the token that ends a completion, and is part of it.
+
+    Raises ValueError where vllm is not installed, or for temperature <= 0.
+    """
+
+    model: PreTrainedModel
+    end: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"received temperature {self.temperature}, expected temperature > 0")
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError("received sampler vllm, expected it to be installed; `transformers` is the built-in one")
+
+    def __call__(
+        self, prompts: Sequence[Tokens], names: Sequence[str | int], *, group_size: int, longest: int, seed: int
+    ) -> Completions:
+        """Raises ValueError for an empty prompt or one too long for the model."""
+        from vllm import SamplingParams  # noqa: PLC0415  (where it is installed)
+
+        require_room(self.model, prompts, longest)
+        warmth = self.temperature if self.temperature >= _COLDEST else 0.0
+        options = {"n": group_size, "temperature": warmth, "max_tokens": longest, "logprobs": 0}
+        options |= {"stop_token_ids": [self.end], "ignore_eos": True, "detokenize": False}
+        draws = [
+            SamplingParams(**options, seed=int(seeding.bits(seed, "rollout", name, n=1)[0] >> 1)) for name in names
+        ]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        answers = _engine(self.model).generate(inputs, draws, use_tqdm=False)
+        return _completions([output for answer in answers for output in answer.outputs], self.model.device)
+
+
+def _engine(model: PreTrainedModel) -> Any:
+    """The model's engine, with the weights that the model has now."""
+    if model not in _engines:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else its weights are out of reach
+        from vllm import LLM  # noqa: PLC0415  (where it is installed)
+
+        _engines[model] = LLM(
+            model=model.name_or_path,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            hf_overrides={"vocab_size": model.config.vocab_size},
+            gpu_memory_utilization=_MEMORY,
+            logprobs_mode="processed_logprobs",
+        )
+    engine = _engines[model]
+    worker = engine.llm_engine.model_executor.driver_worker.model_runner.model
+    worker.load_weights((name, weight.detach()) for name, weight in model.named_parameters())
+    engine.reset_prefix_cache()  # it holds keys and values of the weights before
+    return engine
+
+
+def _completions(outputs: list[Any], where: torch.device) -> Completions:
+    rows = [torch.tensor(output.token_ids) for output in outputs]
+    logprobs = [
+        torch.tensor([top[token].logprob for token, top in zip(output.token_ids, output.logprobs, strict=True)])
+        for output in outputs
+    ]
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    padded = [pad_sequence(part, batch_first=True).to(where) for part in (rows, logprobs)]
+    ended = torch.tensor([output.finish_reason == "stop" for output in outputs], device=where)
+    return Completions(padded[0], mask.to(where), padded[1], ended)

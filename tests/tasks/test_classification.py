@@ -1,10 +1,12 @@
 import itertools
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
 
+from limbeck import assets
 from limbeck.models import encoders
 from limbeck.tasks import classification
 
@@ -147,3 +149,48 @@ def test_rows_are_cut_to_the_longest_of_them_and_masked_after_their_end(encoded)
     assert ids.shape == mask.shape == (3, int(encoded.lengths[rows].max()))
     assert torch.equal(mask.sum(1), encoded.lengths[rows])
     assert (ids[mask == 0] == 0).all()
+
+
+def test_the_label_is_the_sign_of_the_mean_and_what_is_near_neutral_is_dropped(tmp_path, monkeypatch):
+    lines = ["1\t0.5\tfine", "2\t-0.5\tpoor", "3\t0.49\tmeh", "4\t-0.49\tmeh too", "5\t-3.9\tawful \u2028 film"]
+    (tmp_path / "movie.txt").write_bytes("\r\n".join(lines).encode())
+    monkeypatch.setattr(assets, "path", lambda name: tmp_path)
+    assert classification.opinions("vader_movie") == [
+        ("fine", "positive"),
+        ("poor", "negative"),
+        ("awful \u2028 film", "negative"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("vader_movie", {"negative": 5_076, "positive": 4_996}),
+        ("vader_tweets", {"positive": 2_345, "negative": 1_087}),
+    ],
+)
+def test_the_files_hold_as_many_clear_opinions_as_the_readme_says(name, counts):
+    assert Counter(label for _, label in classification.opinions(name)) == counts
+
+
+def test_an_obvious_review_has_its_label():
+    (label,) = {
+        label for text, label in classification.opinions("vader_movie") if text.startswith("The Rock is destined to be")
+    }
+    assert label == "positive"
+
+
+def test_both_parts_are_read_without_header_and_lines_without_a_topic(tmp_path, monkeypatch):
+    header = "Category\tText\nd\tstring\nclass\t\n"
+    (tmp_path / "r52-train.tab").write_text(header + "\t\ncocoa\tbahia cocoa\tfell\n", encoding="utf-8")
+    (tmp_path / "r52-test.tab").write_text(header + "trade\tasian exporters\n", encoding="utf-8")
+    monkeypatch.setattr(assets, "path", lambda name: tmp_path)
+    assert classification.topics("r52") == [("bahia cocoa\tfell", "cocoa"), ("asian exporters", "trade")]
+
+
+@pytest.mark.parametrize(("name", "texts", "classes"), [("r52", 6_532 + 2_568, 52), ("20ng", 11_293 + 7_528, 20)])
+def test_the_collections_have_their_known_sizes(name, texts, classes):
+    pairs = classification.topics(name)
+    assert len(pairs) == texts
+    assert len(Counter(topic for _, topic in pairs)) == classes
+    assert all(text.strip() for text, _ in pairs)

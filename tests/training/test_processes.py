@@ -12,32 +12,32 @@ import torch
 from safetensors.torch import load_file
 
 from limbeck import paths
-from limbeck.training import processes, rollouts
+from limbeck.training import rollouts
 from training import test_grpo
 
 COUNT = 2
 
 
 def test_alone_a_process_has_all_the_work_and_adds_nothing():
-    assert (processes.count(), processes.rank()) == (1, 0)
-    assert processes.chunk([1, 2, 3]) == [1, 2, 3]
-    assert processes.gathered("mine") == ["mine"]
+    assert (rollouts.process_count(), rollouts.process_rank()) == (1, 0)
+    assert rollouts.chunk([1, 2, 3]) == [1, 2, 3]
+    assert rollouts.gathered("mine") == ["mine"]
     tensor = torch.ones(2)
-    processes.add_up([tensor])
+    rollouts.add_up([tensor])
     assert tensor.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(("items", "count"), [(5, 2), (6, 3), (7, 4), (3, 3)])
 def test_all_chunks_in_order_are_the_items_and_none_is_empty(monkeypatch, items, count):
-    monkeypatch.setattr(processes, "count", lambda: count)
+    monkeypatch.setattr(rollouts, "process_count", lambda: count)
     parts = []
     for rank in range(count):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        parts.append(processes.chunk(list(range(items))))
+        monkeypatch.setattr(rollouts, "process_rank", lambda rank=rank: rank)
+        parts.append(rollouts.chunk(list(range(items))))
     assert all(parts)
     assert [item for part in parts for item in part] == list(range(items))
     with pytest.raises(ValueError, match=f"received {count - 1} items for {count} processes"):
-        processes.chunk(list(range(count - 1)))
+        rollouts.chunk(list(range(count - 1)))
 
 
 def test_parts_of_a_rollout_make_the_rollout():

@@ -50,10 +50,21 @@ def test_every_stage_of_full_writes_to_full_and_every_other_to_the_chosen_profil
         assert all("/${profile}/" in next(iter(out)) for out in stage["outs"])
 
 
-def test_prepare_brings_every_asset_but_those_on_request():
-    outs = yaml.safe_load(stages.texts()[paths.ROOT / "dvc.yaml"])["stages"]["prepare"]["outs"]
-    fetched = {next(iter(out)).removeprefix("data/raw/") for out in outs}
-    assert fetched == set(assets.manifest()) - {"efficientnet_lite0"}
+def test_the_pipelines_have_no_file_that_a_clone_lacks():
+    for file in ("dvc.yaml", "pipelines/full/dvc.yaml"):
+        for stage in yaml.safe_load((paths.ROOT / file).read_text())["stages"].values():
+            outs = [next(iter(out)) for out in (*stage["outs"], *stage.get("metrics", ()))]
+            names = [name.replace("${profile}", "default") for name in (*outs, *stage.get("deps", ()))]
+            assert all((paths.ROOT / name).exists() for name in names)
+            ignored = subprocess.run(["git", "check-ignore", *names], cwd=paths.ROOT, capture_output=True, check=False)
+            assert (ignored.returncode, ignored.stdout) == (1, b"")
+
+
+def test_a_stage_fetches_the_assets_of_its_section_and_depends_on_their_checksums():
+    stage = stages.stages("full")["nola-table_vision_full-train"]
+    assert stage["cmd"][0] == "python -m limbeck.assets efficientnet_lite0 mnist"
+    assert {"data/assets.yaml": ["efficientnet_lite0.sha256", "mnist.sha256"]} in stage["params"]
+    assert len(stages.stages("full")["kdrl-table_starts-train"]["cmd"]) == 1
 
 
 def test_a_section_needs_the_assets_that_it_names_at_any_depth():
@@ -94,17 +105,9 @@ def dvc(root, *arguments):
 
 
 def stale(root):
-    """The stages of which a dependency or parameter changed since dvc.lock; checkpoints are absent, not changed."""
+    """The stages of which a dependency or parameter changed since dvc.lock."""
     status = json.loads(dvc(root, "status", "dvc.yaml", "--json"))
-    changes = {
-        stage: [entry.get("changed deps", {}) for entry in why if isinstance(entry, dict)]
-        for stage, why in status.items()
-    }
-    return {
-        stage
-        for stage, entries in changes.items()
-        if any(not name.startswith("data/checkpoints/") for entry in entries for name in entry)
-    }
+    return {stage for stage, why in status.items() if any("changed deps" in entry for entry in why)}
 
 
 def digest(root):
@@ -129,9 +132,9 @@ def after(root, name, change):
 
 @pytest.mark.slow
 def test_nothing_is_left_to_run_in_what_is_committed(copy):
-    assert stale(copy) == set()
-    planned = dvc(copy, "repro", "--dry", "--allow-missing")
-    assert "Running stage" not in planned
+    for pipeline in ("dvc.yaml", "pipelines/full/dvc.yaml"):
+        assert dvc(copy, "status", pipeline) == "Data and pipelines are up to date.\n"
+        assert "Running stage" not in dvc(copy, "repro", "--dry", pipeline)
 
 
 @pytest.mark.slow
@@ -150,7 +153,7 @@ def test_nothing_is_left_to_run_in_what_is_committed(copy):
         ("src/limbeck/tasks/chain_sum.py", "_POOL = 4", "_POOL = 5", training(KDRL) - {"kdrl-fig_kl_gradients-train"}),
         ("src/limbeck/tasks/chain_sum.py", "# drawn examples", "# examples drawn", set()),
         ("params.yaml", "seeds: [0, 1, 2, 3, 4]", "seeds: [0, 1, 2, 3, 4, 5]", training(SINKD | KDRL | NOLA)),
-        ("data/claims/sinkd.yaml", "id: encoder-kl-over-ce", "id: encoder-kl-before-ce", SINKD),
+        ("data/claims/sinkd.yaml", "id: encoder-kl-over-ce", "id: encoder-kl-before-ce", SINKD | {"metrics"}),
     ],
 )
 def test_a_change_makes_stale_exactly_what_depends_on_it(copy, name, old, new, expected):
@@ -174,7 +177,7 @@ def test_the_lock_takes_neither_records_of_other_code_nor_exhibits_drawn_otherwi
         digest(copy)
         command = [sys.executable, "-m", "limbeck.workflow.lock"]
         subprocess.run(command, cwd=copy, env=tree.environment(copy), check=True)
-        assert stale(copy) == expected
+        assert stale(copy) - {"metrics"} == expected
     finally:
         for file, text in before.items():
             (copy / file).write_text(text)
@@ -239,13 +242,21 @@ def test_a_changed_line_of_shared_makes_stale_exactly_the_experiments_that_start
 @pytest.mark.slow
 def test_a_changed_record_makes_stale_every_exhibit_that_reads_it(copy):
     name = "results/default/kdrl/table_main.jsonl"
-    assert after(copy, name, lambda text: text + " ") == {"kdrl-table_main", *READERS}
+    assert after(copy, name, lambda text: text + " ") == {"kdrl-table_main", "metrics", *READERS}
 
 
-def test_an_experiment_that_names_another_depends_on_what_it_leaves():
-    deps = {name: stage.get("deps", []) for name, stage in stages.stages("full").items()}
-    left = "data/checkpoints/full/kdrl/table_starts"
-    assert {name for name, files in deps.items() if left in files} == {"kdrl-ablations-train"}
+def test_an_experiment_that_names_another_depends_on_its_records_and_has_it_trained_where_it_was_not():
+    full = stages.stages("full")
+    measured = "results/full/kdrl/table_starts.jsonl"
+    readers = {name for name, stage in full.items() if measured in stage.get("deps", [])}
+    assert readers == {"kdrl-table_starts", "kdrl-ablations-train"}
+    trained = [command.split("experiment=")[1].split()[0] for command in full["kdrl-ablations-train"]["cmd"]]
+    assert trained == ["table_starts", "ablations"]
+
+
+def test_only_experiments_of_which_an_exhibit_draws_curves_have_them_written_out():
+    assert stages.curved("${profile}") == stages.curved("smoke") == [("kdrl", "table_main")]
+    assert stages.curved("full") == [("kdrl", "ablations"), ("kdrl", "fig_real_model")]
 
 
 @pytest.mark.slow

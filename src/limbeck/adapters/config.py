@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from peft import PeftConfig
 
 from limbeck.adapters.basis import DISTRIBUTIONS
-from limbeck.adapters.quantisation import require_bits
+from limbeck.adapters.factor import require_bits
 
 INITS = ("noop", "mean")
 BLOCKS = ("q", "k", "v")  # the column blocks of a fused projection, in their order

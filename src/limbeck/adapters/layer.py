@@ -17,8 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters.basis import Bank, Stream
 from limbeck.adapters.config import BLOCKS, NolaConfig
-from limbeck.adapters.factor import Factor
-from limbeck.adapters.quantisation import wide
+from limbeck.adapters.factor import Factor, wide
 
 
 class NolaLayer(nn.Module, BaseTunerLayer):

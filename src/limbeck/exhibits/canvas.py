@@ -1,7 +1,6 @@
 """What every figure stands on: the style, saving, panels, and scales that neither hide nor invent a difference."""
 
 import io
-import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -39,13 +38,16 @@ def save(figure: Figure, path: Path, *, note: str = "", alt: str = "") -> None:
     """Write an SVG, whole or not at all: no date, no version, fixed ids, so that the same figure gives the same bytes.
 
     Text is drawn as paths, to look alike everywhere; `note` stands small in a corner. For those who do not see it, the
-    title is the figure's, and the description is `alt`, or the title and what the panels show.
-    ValueError for another suffix.
-    By hand (`paths.by_hand`), nothing is written.
+    title is the figure's, and the description is `alt`, or the title and what the panels show. A notebook run by hand
+    writes nothing. ValueError for another suffix.
     """
     if path.suffix != ".svg":
         raise ValueError(f"expected a path that ends in .svg, got {path}")
     figure.text(0.995, 0.008, note, ha="right", fontsize=6.5, color=GREY)
+    if paths.by_hand():
+        return
+    from limbeck import records  # noqa: PLC0415  (a picture alone should not wait for pandas)
+
     headings = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
     title = " ".join((figure.get_suptitle() or "; ".join(headings)).split())
     description = alt or ". Panels: ".join(filter(None, [title, "; ".join(headings) if figure.get_suptitle() else ""]))
@@ -54,15 +56,7 @@ def save(figure: Figure, path: Path, *, note: str = "", alt: str = "") -> None:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": title or None})
     words = f"<desc>{escape(description)}</desc>\n" if description else ""
     text = re.sub(r"(?=\n <metadata>)", lambda _: f"\n {words}".rstrip(), buffer.getvalue(), count=1)
-    if paths.by_hand():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text.replace("<svg ", '<svg role="img" ', 1), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    records.replace_text(path, text.replace("<svg ", '<svg role="img" ', 1))
 
 
 def panels(

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from limbeck.training import processes, resume
-from limbeck.training.rollouts import Metrics, Problem, Rollout, Run, Scores, micro_batches
+from limbeck.training import resume
+from limbeck.training.rollouts import Metrics, Problem, Rollout, Run, Scores, add_up, chunk, micro_batches
 
 Terms = dict[str, Tensor]
 Curve = dict[str, list[float]]
@@ -80,7 +80,7 @@ def _update(
     totals: Terms = {}
     gradients: dict[str, list[Tensor]] = {}
     optimiser.zero_grad(set_to_none=True)
-    for rows in micro_batches(rollout, processes.chunk(range(len(rollout.completions))), run.settings.micro_tokens):
+    for rows in micro_batches(rollout, chunk(range(len(rollout.completions))), run.settings.micro_tokens):
         losses = terms(run.score(rollout, rows))
         for name, value in losses.items():
             totals[name] = totals.get(name, 0.0) + value.detach().double()
@@ -89,8 +89,8 @@ def _update(
                 sums = gradients.setdefault(name, [torch.zeros_like(weight) for weight in weights])
                 torch._foreach_add_(sums, list(gradient))
         torch.stack([value for value in losses.values() if value.requires_grad]).sum().backward()
-    processes.add_up([*totals.values(), *(part for parts in gradients.values() for part in parts)])
-    processes.add_up(weight.grad for weight in weights if weight.grad is not None)
+    add_up([*totals.values(), *(part for parts in gradients.values() for part in parts)])
+    add_up(weight.grad for weight in weights if weight.grad is not None)
     norm = nn.utils.clip_grad_norm_(weights, run.settings.clip_norm, error_if_nonfinite=True)
     optimiser.step()
     summed = {name: value.item() for name, value in totals.items()}

@@ -1,23 +1,59 @@
 """A policy in training with those around it: who samples, who judges, who teaches; and what is known of a step.
 
 A step's completions are a `Rollout`, all that is known of them before any gradient. Where there are several processes,
-each samples and judges its own prompts, and all know the whole rollout.
+as accelerate or torchrun start them, each samples and judges its own prompts, and all know the whole rollout.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedTokenizerBase
 
 from limbeck import models, sampling
 from limbeck.sampling import Decoder, Sampler, Tokens
-from limbeck.training import processes
+
+T = TypeVar("T")
+
+
+def process_count() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Which of them this is, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def chunk(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of the items; all parts in the order of the processes are the items.
+
+    Raises ValueError where there are fewer items than processes.
+    """
+    if len(items) < process_count():
+        raise ValueError(f"received {len(items)} items for {process_count()} processes, expected at least one each")
+    return items[len(items) * process_rank() // process_count() : len(items) * (process_rank() + 1) // process_count()]
+
+
+def gathered(part: T) -> list[T]:
+    """What each process gives, in their order, on all of them."""
+    parts: list[T] = [part] * process_count()
+    if process_count() > 1:
+        distributed.all_gather_object(parts, part)
+    return parts
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over the processes."""
+    if process_count() > 1:
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
 
 
 class Problem(NamedTuple):
@@ -187,7 +223,7 @@ class Run:
     def roll(self, problems: Sequence[Problem], step: int) -> Rollout:
         """Sample, judge and let the teacher score. Raises ValueError for a reward that is not finite, or no verdict."""
         device = self.policy.device
-        parts = processes.gathered(self._roll(processes.chunk(problems), step).to(torch.device("cpu")))
+        parts = gathered(self._roll(chunk(problems), step).to(torch.device("cpu")))
         rollout = merged(parts).to(device)
         if not rollout.rewards.isfinite().any():
             raise ValueError(f"received no verdict on {len(rollout.completions)} completions, expected one that works")

@@ -1,9 +1,8 @@
 """Write into dvc.lock what stands: `python -m limbeck.workflow.lock`, after a reseal or where records await a training.
 
-`dvc commit` would ask for checkpoints, which a clone does not have, and copy the assets to its cache. What is missing
-keeps the checksum that it had. A stage of an experiment whose records are of other code, and not listed as awaiting a
-training, keeps its entry, and so does an exhibit that was drawn by other code or from other claims: DVC goes on to call
-them changed.
+`dvc commit` would take all that lies there. Here a stage of an experiment whose records are of other code, and not
+listed as awaiting a training, keeps its entry, and so do an exhibit that was drawn by other code or from other claims,
+and metrics that are not of today's exhibits: DVC goes on to call them changed.
 """
 
 import functools
@@ -17,7 +16,7 @@ from dvc.stage import Stage
 
 from limbeck import digests, paths, records
 from limbeck.experiments.ledger import Ledger
-from limbeck.workflow import stages
+from limbeck.workflow import metrics, stages
 
 
 def write() -> None:
@@ -36,6 +35,9 @@ def write() -> None:
 
 def is_settled(stage: Stage) -> bool:
     """Whether the records that a stage writes or reads stand, and the exhibit that it draws is of this code."""
+    if stage.name == "metrics":
+        (profile,) = {PurePosixPath(out.def_path).parts[1] for out in stage.outs}
+        return all(file.is_file() and file.read_text() == text for file, text in metrics.texts(profile).items())
     files = [PurePosixPath(item.def_path) for item in (*stage.outs, *stage.deps)]
     measured = ["/".join([*file.parts[-3:-1], file.stem]) for file in files if file.suffix == ".jsonl"]
     exhibits = [PurePosixPath(out.def_path) for out in stage.outs if out.def_path.startswith("results/")]

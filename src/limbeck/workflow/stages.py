@@ -2,8 +2,12 @@
 
 One stage writes `digests.json`, the hash of all code that an experiment or an exhibit depends on. Then there is one
 stage for each experiment, by its paper's train notebook, and one for each exhibit, which may read another's records;
-each takes its own digest as a parameter, so that moving code runs nothing again. Code that names another experiment
-reads the checkpoints that it leaves. Of params files only what a stage reads counts.
+each takes its own digest as a parameter, so that moving code runs nothing again. Of params files only what a stage
+reads counts. The last stage sums the verdicts up.
+
+Every file of the pipelines is in git, so a fresh clone is up to date. Assets are parameters, by their checksum, and a
+stage fetches what it lacks of them; checkpoints are nothing to DVC: an experiment that reads another's depends on its
+records, and first has them trained where they are missing.
 """
 
 import hashlib
@@ -72,21 +76,20 @@ def stages(profile: str) -> dict[str, Any]:
 
 def _train(paper: str, experiment: str, profile: str, section_profile: str) -> dict[str, Any]:
     notebook = paths.NOTEBOOKS / paper / "train.ipynb"
-    needed = [f"data/raw/{asset}" for asset in assets.named(_words(params.section(paper, experiment, section_profile)))]
-    sources = digests.words(paper, experiment) & set(experiments(paper, section_profile)) - {experiment}
-    needed += [f"data/checkpoints/{profile}/{paper}/{other}" for other in sources]
+    needed = assets.named(_words(params.section(paper, experiment, section_profile)))
+    sources = sorted(digests.words(paper, experiment) & set(experiments(paper, section_profile)) - {experiment})
+    command = f"python -m limbeck.workflow.notebooks {_relative(notebook)} experiment="
+    fetch = [f"python -m limbeck.assets {' '.join(needed)}"] if needed else []
     return {
-        "cmd": f"python -m limbeck.workflow.notebooks {_relative(notebook)} experiment={experiment} profile={profile}",
-        **({"deps": sorted(needed)} if needed else {}),
+        "cmd": [*fetch, *(f"{command}{name} profile={profile}" for name in (*sources, experiment))],
+        **({"deps": [f"results/{profile}/{paper}/{name}.jsonl" for name in sources]} if sources else {}),
         "params": [
             {_DIGESTS: [f"{paper}.{experiment}-train", f"{paper}.train"]},
             {"params.yaml": list(_SHARED)},
             {f"params/{paper}.yaml": _places(paper, experiment, profile)},
+            *([{"data/assets.yaml": [f"{name}.sha256" for name in needed]}] if needed else []),
         ],
-        "outs": [
-            {f"results/{profile}/{paper}/{experiment}.jsonl": {"cache": False, "persist": True}},
-            {f"data/checkpoints/{profile}/{paper}/{experiment}": {"persist": True}},
-        ],
+        "outs": [{f"results/{profile}/{paper}/{experiment}.jsonl": {"cache": False, "persist": True}}],
     }
 
 
@@ -129,29 +132,60 @@ def _relative(path: Path) -> str:
     return path.relative_to(paths.ROOT).as_posix()
 
 
+def _metrics(by_name: dict[str, Any], profile: str) -> dict[str, Any]:
+    """The stage that sums up what the exhibits of some stages decided, and writes their curves out."""
+    files = [next(iter(out)) for stage in by_name.values() for out in stage["outs"]]
+    exhibits = [file for file in files if file.endswith(".json")]
+    measured = [f"results/{profile}/{paper}/{experiment}.jsonl" for paper, experiment in curved(profile)]
+    claims = [f"data/claims/{paper}.yaml" for paper in papers()]
+    return {
+        "cmd": f"python -m limbeck.workflow.metrics {profile}",
+        "deps": sorted([*claims, *exhibits, *measured, "src/limbeck/workflow/metrics.py"]),
+        "outs": [{f"{file.removesuffix('.jsonl')}.curves.csv": {"cache": False}} for file in measured],
+        "metrics": [{f"results/{profile}/metrics.json": {"cache": False}}],
+    }
+
+
+def curved(profile: str) -> list[tuple[str, str]]:
+    """The experiments of a profile's pipeline of which an exhibit draws the curves, each with its paper."""
+    section_profile = "full" if profile == "full" else "default"
+    return [
+        (paper, experiment)
+        for paper in papers()
+        for experiment in experiments(paper, section_profile)
+        if any("records.curves(" in path.read_text(encoding="utf-8") for path in exhibits(paper, experiment))
+    ]
+
+
+def _plots(by_name: dict[str, Any], profile: str, root: str) -> list[Any]:
+    """What `dvc plots` shows: the curves and the exhibits; `root` leads there from the pipeline's folder."""
+    curves = [f"{root}results/{profile}/{paper}/{name}.curves.csv" for paper, name in curved(profile)]
+    files = [next(iter(out)) for stage in by_name.values() for out in stage["outs"]]
+    return [
+        *({file: {"template": "curves", "x": "step", "y": "validation/accuracy"}} for file in curves),
+        *(f"{root}{file}" for file in files if file.endswith(".svg")),
+    ]
+
+
 def texts() -> dict[Path, str]:
     """Both pipeline files, as they must be."""
-    fetched = [name for name, asset in assets.manifest().items() if not asset.on_request]
-    prepare = {
-        "cmd": "python -m limbeck.assets",
-        "deps": ["data/assets.yaml"],
-        "params": [{_DIGESTS: ["assets.fetch"]}],
-        "outs": [{f"data/raw/{name}": {"persist": True}} for name in sorted(fetched)],
-    }
-    digest = {
-        "cmd": "python -m limbeck.digests",
-        "deps": ["notebooks", "src/limbeck"],
-        "outs": [{_DIGESTS: {"cache": False}}],
-    }
-    full = {name: {"wdir": "../.."} | stage for name, stage in stages("full").items()}
+    outs = [{_DIGESTS: {"cache": False}}]
+    digest = {"cmd": "python -m limbeck.digests", "deps": ["notebooks", "src/limbeck"], "outs": outs}
+    full = {name: {"wdir": "../.."} | stage for name, stage in _with_metrics("full").items()}
     return {
-        paths.ROOT / "dvc.yaml": _dump({"digests": digest, "prepare": prepare} | stages("${profile}")),
-        paths.ROOT / "pipelines" / "full" / "dvc.yaml": _dump(full),
+        paths.ROOT / "dvc.yaml": _dump({"digests": digest} | _with_metrics("${profile}"), "${profile}", ""),
+        paths.ROOT / "pipelines" / "full" / "dvc.yaml": _dump(full, "full", "../../"),
     }
 
 
-def _dump(content: dict[str, Any]) -> str:
-    return _HEADER + yaml.safe_dump({"stages": content}, sort_keys=False, width=120)
+def _with_metrics(profile: str) -> dict[str, Any]:
+    by_name = stages(profile)
+    return by_name | {"metrics": _metrics(by_name, profile)}
+
+
+def _dump(by_name: dict[str, Any], profile: str, root: str) -> str:
+    content = {"stages": by_name, "plots": _plots(by_name, profile, root)}
+    return _HEADER + yaml.safe_dump(content, sort_keys=False, width=120)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 import cells
 from experiments.kdrl.parts import SMALL, changed
 from limbeck import params, records
-from limbeck.experiments.kdrl import arms, comparison, starting_models
+from limbeck.experiments.kdrl import comparison, starting_models
 from limbeck.experiments.kdrl.problems import Chains
 from limbeck.training import grpo
 
@@ -174,7 +174,7 @@ def test_a_run_is_watched_on_the_validation_split(section, handed, monkeypatch):
 def test_prompts_go_through_all_chains_before_one_comes_again(section):
     data = Chains(section.starts.chains)
     long = changed(section, steps=75, prompts=4)
-    flat = [problem.name for step in arms.step_problems(data, long.loop, 0) for problem in step]
+    flat = [problem.name for step in comparison.step_problems(data, long.loop, 0) for problem in step]
     epochs = [flat[:120], flat[120:240]]
     assert all(len(set(epoch)) == 120 for epoch in epochs)
     assert epochs[0] != epochs[1]
@@ -206,7 +206,7 @@ def test_kd_then_rl_takes_kds_steps_up_to_its_switch_and_then_learns_from_reward
 
 def test_a_trained_cells_summary_is_that_of_its_curve(section, ran):
     for run in (run for run in ran[0] if run["curve"]):
-        assert arms.summary(run["curve"], section.loop).items() <= run["metrics"].items()
+        assert comparison.summary(run["curve"], section.loop).items() <= run["metrics"].items()
         assert run["metrics"]["train/tokens"] == pytest.approx(sum(run["curve"]["rollout/tokens"]))
 
 
@@ -333,3 +333,118 @@ def test_models_that_are_not_there_are_asked_for(section, tmp_path):
     message = r"expected the weights of student in .*, found none; run the experiment that trains it"
     with pytest.raises(ValueError, match=message):
         cells.drive(comparison, section, final(section, "grpo"), cells.place(tmp_path / "table_main", "x"))
+
+
+CURVE = {
+    "validation/accuracy": [0.25, 0.75, 0.5],
+    "optimiser/gradient_norm": [1.0, 6.0, 2.0],
+    "optimiser/gradient_norm_max": [50.0, 7.0, 8.0],
+    "rollout/reward": [0.25, 0.875, 0.5],
+    "rollout/tokens": [100.0, 200.0, 300.0],
+    "kd/kept": [1.0, 0.25, 0.5],
+}
+
+
+@pytest.fixture(scope="module")
+def loop():
+    """One of 25 steps, with a window every 10."""
+    committed = params.load("kdrl", "table_main", "smoke", comparison.Params).loop
+    return changed(committed, steps=25, save_every=10, target=0.6)
+
+
+def test_windows_end_every_so_many_steps_and_the_last_at_the_last_step(loop):
+    assert loop.window_ends == [10, 20, 25]
+    assert changed(loop, steps=20).window_ends == [10, 20]
+    assert changed(loop, steps=4).window_ends == [4]
+
+
+@pytest.mark.parametrize(
+    ("scores", "step"),
+    [
+        ([0.1, 0.2, 0.3, 0.3, 0.9], 40),
+        ([0.5, 0.4, 0.6, 0.7, 0.8], 20),
+        ([0.1, 0.5, 0.2, 0.3, 0.6], 30),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], 45),
+        ([0.1, 0.2, 0.3, 0.4, 0.4], 45),
+        ([0.1], 10),
+    ],
+)
+def test_the_switch_ends_the_first_window_of_kd_that_is_not_above_its_best(loop, scores, step):
+    """Windows of 10 steps, of at most 45, of kd at the same other coordinates."""
+    coordinates = {"phase": "final", "student": "s", "teacher": "t", "arm": "kd_then_rl", "seed": 3}
+    others = ({"seed": 4}, {"teacher": "u"}, {"student": "v"}, {"arm": "kdrl"})
+    records = [
+        {"cell": coordinates | {"arm": "kd"} | change, "curve": {"validation/accuracy": values}}
+        for change, values in [*((other, [0.9, 0.1, 0.1]) for other in others), ({}, scores)]
+    ]
+    assert comparison.switch_step(coordinates, records, changed(loop, steps=45)) == step
+
+
+def test_a_summary_says_where_a_run_ended_how_fast_and_how_steadily(loop):
+    """Windows of 10, 10 and 5 steps."""
+    assert comparison.summary(CURVE, loop) == {
+        "validation/accuracy": 0.5,
+        "validation/early": 0.25,
+        "validation/best": 0.75,
+        "train/tokens": 4500.0,
+        "train/steps_to_target": 20.0,
+        "train/tokens_to_target": 3000.0,
+        "train/reward_drop": 0.375,
+        "train/norm_peak": 4.0,
+        "kd/kept_change": -0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "steps", "tokens"), [(0.8, 25.0, 4500.0), (0.25, 10.0, 1000.0), (0.75, 20.0, 3000.0)]
+)
+def test_a_target_is_reached_at_its_score_and_one_that_is_not_counts_as_all_steps(loop, target, steps, tokens):
+    summary = comparison.summary(CURVE, changed(loop, target=target))
+    assert (summary["train/steps_to_target"], summary["train/tokens_to_target"]) == (steps, tokens)
+
+
+def test_a_run_without_gradients_or_a_teacher_has_no_peak_and_no_change(loop):
+    still = {name: values for name, values in CURVE.items() if name != "kd/kept"}
+    norms = {name: [0.0, 0.0, 0.0] for name in ("optimiser/gradient_norm", "optimiser/gradient_norm_max")}
+    summary = comparison.summary(still | norms, loop)
+    assert (summary["train/norm_peak"], summary["kd/kept_change"]) == (0.0, 0.0)
+
+
+def test_the_early_score_is_the_mean_over_the_first_quarter_of_the_steps(loop):
+    scores = [0.125, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    norms = ("optimiser/gradient_norm", "optimiser/gradient_norm_max")
+    flat = dict.fromkeys((*norms, "rollout/reward", "rollout/tokens"), [1.0] * 8)
+    summary = comparison.summary({"validation/accuracy": scores, **flat}, changed(loop, steps=80))
+    assert summary["validation/early"] == 0.1875
+
+
+@pytest.mark.parametrize(
+    ("written", "arm"),
+    [
+        ("grpo", ("student", "teacher", "grpo", None)),
+        ("kdrl 0.3", ("student", "teacher", "kdrl", 0.3)),
+        ("kdrl 2e-3 from weak by terse", ("weak", "terse", "kdrl", 0.002)),
+        ("kd by terse", ("student", "terse", "kd", None)),
+        ("start from weak", ("weak", "teacher", "start", None)),
+        ("raw_student_4 1", ("student", "teacher", "raw_student_4", 1.0)),
+    ],
+)
+def test_an_arm_is_read_as_it_is_written(written, arm):
+    assert comparison.read_arm(written) == arm
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("", "received arm '', expected `method`"),
+        ("kdrl by terse from weak", "received arm 'kdrl by terse from weak', expected `method`"),
+        ("kdrl from", "received arm 'kdrl from', expected `method`"),
+        ("dpo", "received arm 'dpo', expected one of sft, rejection, grpo"),
+        ("kd 0.3", "received arm 'kd 0.3', expected no weight: nothing is weighed in it"),
+        ("start 0.3", "received arm 'start 0.3', expected no weight"),
+        ("kd_then_rl 0.3", "received arm 'kd_then_rl 0.3', expected no weight"),
+    ],
+)
+def test_an_arm_that_is_written_otherwise_is_refused(written, message):
+    with pytest.raises(ValueError, match=message):
+        comparison.read_arm(written)

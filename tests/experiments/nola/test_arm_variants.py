@@ -11,7 +11,7 @@ from torch import nn
 from limbeck import models, seeding
 from limbeck.adapters import NolaConfig
 from limbeck.adapters.basis import Stream
-from limbeck.adapters.quantisation import packed
+from limbeck.adapters.factor import packed
 from limbeck.experiments.nola import arms
 from limbeck.training import supervised
 

@@ -17,12 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.models import language
 from limbeck.params import one_of, positive
-from limbeck.sampling import Sampled, Sampler, Tokens
+from limbeck.sampling import Sampled, Sampler, Tokens, VllmSampled
 from limbeck.tasks import chain_sum, classification, gsm_symbolic, mathematics
 from limbeck.tasks.chain_sum import Family
 from limbeck.tasks.isolated import Isolated
 from limbeck.training.rollouts import Problem, Verdict
-from limbeck.vllm_sampling import VllmSampled
 
 Example = chain_sum.Example | gsm_symbolic.Example | mathematics.Example
 Judge = Callable[[Example, str], float]

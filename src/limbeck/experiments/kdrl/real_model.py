@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 from limbeck import assets, models, seeding
 from limbeck.experiments import runs
-from limbeck.experiments.kdrl import arms
-from limbeck.experiments.kdrl.arms import START, TEACHER, Loop, Steps
+from limbeck.experiments.kdrl.comparison import START, TEACHER, Loop, Steps, only_score, train
 from limbeck.experiments.kdrl.problems import WordParams, WordProblems, word_judge
 from limbeck.experiments.runs import Cell, Workspace
 from limbeck.models import language
@@ -83,13 +82,13 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
             return (yield from _train_teacher(params, problems, workspace))
         if arm in (START, TEACHER):
             model = (load_student if arm == START else load_teacher)(params, problems, workspace)
-            return (yield from arms.only_score(model, problems, seed=cell.coordinates["seed"], workspace=workspace))
+            return (yield from only_score(model, problems, seed=cell.coordinates["seed"], workspace=workspace))
         method, student = objectives.arm(arm), load_student(params, problems, workspace)
         needed = method.asks_teacher or method.texts != "own"
         teacher = load_teacher(params, problems, workspace) if needed else None
         objective = functools.partial(objectives.objective, kd_coef=params.kd_coef)
         return (
-            yield from arms.train(
+            yield from train(
                 cell.coordinates, student, teacher, problems, params.loop, objective=objective, workspace=workspace
             )
         )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from limbeck import models
 from limbeck.adapters.basis import DISTRIBUTIONS
-from limbeck.adapters.quantisation import require_bits
+from limbeck.adapters.factor import require_bits
 from limbeck.experiments.nola import arms, frozen_decoder
 from limbeck.experiments.nola.arms import AdapterSettings
 from limbeck.experiments.nola.frozen_decoder import FrozenDecoder, Loop, TextSettings

@@ -8,7 +8,7 @@ GPT-2's fused c_attn is taken apart into three linear layers first, so that all 
 alone, as LoRA's release does: PEFT's LoRA and VeRA cannot adapt a slice. Files of such adapters fit no stock GPT-2.
 
 LoRA is rounded as NOLA is, so that bits are compared and not roundings: symmetric, to the levels of
-`adapters.quantisation`, with one scale per vector. A vector is alpha or beta of a matrix in NOLA, a row of A [r, in] or
+`adapters.factor`, with one scale per vector. A vector is alpha or beta of a matrix in NOLA, a row of A [r, in] or
 a column of B [out, r] in LoRA. In training the gradient passes the rounding straight.
 """
 
@@ -31,9 +31,8 @@ from limbeck import adapters, models
 from limbeck.adapters import NolaConfig
 from limbeck.adapters.baselines import draw_start
 from limbeck.adapters.basis import Stream
-from limbeck.adapters.factor import Factor
+from limbeck.adapters.factor import Factor, quantised
 from limbeck.adapters.layer import NolaLayer
-from limbeck.adapters.quantisation import quantised
 from limbeck.models import language
 from limbeck.params import positive
 
