@@ -157,7 +157,7 @@ from limbeck.experiments import ledger
 from limbeck.exhibits import figures
 paths.RESULTS = pathlib.Path("results")
 records.write_exhibit("sinkd", "fig_toy", profile, claims=[], table=[])
-figures.save(pyplot.figure(), paths.RESULTS / profile / "sinkd" / "fig_toy.svg")
+figures.save(pyplot.figure().suptitle("toy").figure, paths.RESULTS / profile / "sinkd" / "fig_toy.svg")
 """
 
 
