@@ -11,8 +11,6 @@ export TOKENIZERS_PARALLELISM := false
 export DVC_NO_ANALYTICS := 1
 PROFILE = $(shell sed -nE 's/^profile: *([a-z]+).*/\1/p' params.yaml)
 EXHIBITS = $(shell ls results/{$(PROFILE),full}/*/*.json 2>/dev/null | sed 's|\.json$$||')
-STAGES = $(shell printf '%s\n' $(EXHIBITS) | \
-	sed -E 's|results/full/([^/]+)/|pipelines/full/dvc.yaml:\1-|; s|results/[^/]+/([^/]+)/|\1-|')
 
 # Without git, as in an archive of the tree, DVC works only if it is told so.
 ifeq ($(wildcard .git .dvc/config.local),)
@@ -52,7 +50,8 @@ smoke: $(READY)  ## the whole chain with the smoke profile, in a temporary copy 
 figures: $(READY)  ## draw the exhibits again from the committed records; nothing is retrained
 	printf '%s\n' $(EXHIBITS) | sed -E 's|results/([^/]+)/([^/]+)/([^/]+)|notebooks/\2/\3.ipynb profile=\1|' | \
 		xargs -P 2 -L 1 python -m limbeck.workflow.notebooks
-	dvc commit --quiet --force $(STAGES)
+	python -m limbeck.workflow.metrics default full
+	python -m limbeck.workflow.lock
 	python -m limbeck.exhibits.readme
 
 full: $(READY)  ## the long experiments (hours on two cores; stop and continue at will)

@@ -82,8 +82,8 @@ def words(paper: str, experiment: str) -> set[str]:
 
 
 def everything() -> dict[str, dict[str, str]]:
-    """The digests of the fetching of assets, of every experiment and of every notebook of a paper, by paper."""
-    digests = {"assets": {"fetch": of_names("limbeck.assets._main")}}
+    """The digests of every experiment and of every notebook of a paper, by paper."""
+    digests = {}
     for file in sorted(paths.PARAMS.glob("*.yaml")):
         paper, folder = file.stem, paths.NOTEBOOKS / file.stem
         hashes = {path.stem: of_notebook(path) for path in sorted(folder.glob("*.ipynb"))}

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -265,9 +266,23 @@ def test_decisions_are_json_and_fit_an_exhibit(tmp_path, monkeypatch):
 
 def test_the_table_has_a_row_a_claim():
     shown = claims.table(claims.decide([claim(), claim("b")], shifted(0.3)))
-    assert list(shown.index) == ["a", "b"]
-    assert list(shown.columns) == ["statement", "rule", "ours", "interval", "level", "count", "verdict"]
-    assert list(claims.table([]).columns) == list(shown.columns)
+    columns = ["statement", "rule", "ours", "interval", "level", "count", "verdict"]
+    assert list(shown.style.data.index) == ["a", "b"]
+    assert list(shown.style.data.columns) == list(claims.table([]).style.data.columns) == columns
+
+
+def test_the_table_shows_whole_statements_and_coloured_verdicts_in_the_same_bytes_each_time():
+    long = {"statement": "A statement that is longer than what pandas shows of a text, by " + "far " * 30}
+    decisions = [decision | long for decision in claims.decide([claim()], shifted(0.3))]
+    bundles = [claims.table(decisions)._repr_mimebundle_() for _ in range(2)]
+    assert bundles[0] == bundles[1]
+    assert all(long["statement"].strip() in text for text in bundles[0].values())
+    colours = {}
+    for verdict in ("agrees in direction", "disagrees", "smaller than stated", "inconclusive", "control failed"):
+        html = claims.table([decisions[0] | {"verdict": verdict}])._repr_mimebundle_()["text/html"]
+        colours[verdict] = re.search(r"background-color: (#\w+)", html)[1]
+    assert len(set(colours.values())) == 4
+    assert colours["inconclusive"] == colours["control failed"]
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,12 @@ def test_a_teacher_is_neither_bold_nor_in_the_way_and_stands_in_its_group():
 
 
 def test_a_notebook_shows_the_same_cells_and_the_same_ones_bold():
-    html = result_table.styled(ROWS, COLUMNS).to_html()
+    html = result_table.styled(ROWS, COLUMNS)._repr_mimebundle_()["text/html"]
     assert html.count("font-weight: bold") == 1
     assert "0.8711 ± 0.0051" in html and "Distillation (RKL)" in html and "95 % t interval" in html
 
 
 def test_without_headings_every_metric_is_shown_and_an_unknown_one_is_refused():
-    assert lines(result_table.markdown(ROWS))[0] == ["method", "test accuracy", "train tokens"]
+    assert lines(result_table.markdown(ROWS))[0] == ["method", "test accuracy ↑", "train tokens"]
     with pytest.raises(ValueError, match=r"metrics among test/accuracy, train/tokens; got test/speed"):
         result_table.markdown(ROWS, {"test/speed": "speed ↑"})

@@ -51,9 +51,9 @@ def save(figure: Figure, path: Path, *, note: str = "", alt: str = "") -> None:
     headings = [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
     title = " ".join((figure.get_suptitle() or "; ".join(headings)).split())
     description = alt or ". Panels: ".join(filter(None, [title, "; ".join(headings) if figure.get_suptitle() else ""]))
-    buffer = io.StringIO()
+    buffer, titled = io.StringIO(), {"Title": title} if title else {}
     with style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": title or None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None} | titled)
     words = f"<desc>{escape(description)}</desc>\n" if description else ""
     text = re.sub(r"(?=\n <metadata>)", lambda _: f"\n {words}".rstrip(), buffer.getvalue(), count=1)
     records.replace_text(path, text.replace("<svg ", '<svg role="img" ', 1))

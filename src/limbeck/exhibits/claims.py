@@ -16,6 +16,7 @@ from scipy import stats
 
 from limbeck import paths
 from limbeck.exhibits import intervals, rules
+from limbeck.exhibits.result_table import Shown
 
 ALPHA = 0.05
 ROLES = ("main", "exact", "exploratory")  # what the abstract asserts; an identity or a count; everything else
@@ -89,10 +90,18 @@ def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]
     return decisions
 
 
-def table(decisions: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Decisions as a table to show, one row per claim."""
+def table(decisions: Sequence[Mapping[str, Any]]) -> Shown:
+    """Decisions as a table to show, one row per claim, its statement whole and its verdict coloured."""
     columns = ["statement", "rule", "ours", "interval", "level", "count", "verdict"]
-    return pd.DataFrame(list(decisions), columns=["id", *columns]).set_index("id")
+    shown = Shown.of(pd.DataFrame(list(decisions), columns=["id", *columns]).set_index("id"))
+    shown.style.map(_coloured, subset=["verdict"]).format(escape="html")
+    return shown
+
+
+def _coloured(verdict: str) -> str:
+    """Green where ours agrees, red where it disagrees, grey where nothing is decided."""
+    colours = {"agrees": "#d5ecd4", "disagrees": "#f6d0cb", "smaller": "#f7ebc3"}
+    return f"background-color: {colours.get(verdict.split(maxsplit=1)[0], '#e8e8e8')}; color: black"
 
 
 def _measure(rule: Mapping[str, Any], frame: pd.DataFrame) -> np.ndarray | None:

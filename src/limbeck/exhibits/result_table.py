@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -11,12 +12,29 @@ from limbeck.exhibits.intervals import FIELDS
 from limbeck.exhibits.palette import look
 
 Row = Mapping[str, Any]
+_UP = ("accuracy", "agreement", "at_best", "best", "bleu", "greedy", "rouge_l", "score")  # what is better the larger
+_DOWN = ("loss", "slot_error_rate")
 _METHODS = ("arm", "loss")  # the coordinates that name a method
 _BESIDE = ("teacher", "start", "none")  # shown for comparison; no method competes with them
 _BETTER = {"↑": 1, "↓": -1}
 
 
-def styled(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> Styler:
+@dataclass(frozen=True)
+class Shown:
+    """A table in a notebook: with its style where that is rendered, plain elsewhere; each time the same bytes."""
+
+    style: Styler
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> "Shown":
+        """A table without style yet, every cell whole."""
+        return cls(Styler(table, uuid="table", cell_ids=False))
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/html": self.style.to_html(), "text/plain": self.style.data.to_string(max_colwidth=None)}
+
+
+def styled(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> Shown:
     """The table for a notebook. `rows` are those of `intervals.summarise`; `columns` is metric -> heading, in order.
 
     A heading that ends in ↑ or ↓ says which way is better; only below it a cell can be bold: the best of its group,
@@ -24,7 +42,9 @@ def styled(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> Sty
     """
     texts, best = _cells(rows, columns)
     weights = best.replace({True: "font-weight: bold", False: ""})
-    return texts.style.apply(lambda _: weights, axis=None).set_caption(_note(rows))
+    shown = Shown.of(texts)
+    shown.style.apply(lambda _: weights, axis=None).set_caption(_note(rows))
+    return shown
 
 
 def markdown(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
@@ -39,7 +59,7 @@ def markdown(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> s
 def _cells(rows: Sequence[Row], columns: Mapping[str, str] | None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What each cell says, and whether it is bold."""
     metrics = dict.fromkeys(row["metric"] for row in rows)
-    columns = columns or {metric: metric.replace("/", " ").replace("_", " ") for metric in metrics}
+    columns = columns or {metric: _heading(metric) for metric in metrics}
     if missing := [metric for metric in columns if metric not in metrics]:
         raise ValueError(f"expected metrics among {', '.join(metrics)}; got {', '.join(missing)}")
     names = dict.fromkeys(name for row in rows for name in row if name not in (*FIELDS, "metric"))
@@ -54,6 +74,12 @@ def _cells(rows: Sequence[Row], columns: Mapping[str, str] | None) -> tuple[pd.D
     texts = pd.DataFrame(said, index=index, columns=list(columns.values()))
     best = [[_decided(shown, place, metric, heading) for metric, heading in columns.items()] for place in places]
     return texts, pd.DataFrame(best, index=index, columns=texts.columns)
+
+
+def _heading(metric: str) -> str:
+    last = metric.rpartition("/")[2]
+    arrow = " ↑" if last in _UP else " ↓" if last in _DOWN else ""
+    return metric.replace("/", " ").replace("_", " ") + arrow
 
 
 def _words(names: Sequence[str], place: tuple) -> tuple[str, ...]:

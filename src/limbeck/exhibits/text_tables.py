@@ -29,7 +29,8 @@ def table(final: pd.DataFrame) -> list[dict[str, Any]]:
 def figure(final: pd.DataFrame) -> Figure:
     """BLEU and validation loss of each arm that was trained, side by side."""
     trained = final[final["arm"] != "none"].groupby("arm", sort=False)
-    points = {name: trained[metric].agg(list).to_dict() for name, metric in _SHOWN.items()}
+    budgets = final.groupby("arm")["storage/parameters"].mean().to_dict()
+    points = {name: figures.ordered(trained[metric].agg(list).to_dict(), budgets) for name, metric in _SHOWN.items()}
     means = final.groupby("arm")["test/bleu"].mean()
     title = "BLEU: " + ", ".join(f"{figures.look(arm).label} ({means[arm]:.1f})" for arm in _TITLE)
     height = 0.3 * len(trained) + 1.5
