@@ -62,8 +62,6 @@ def test_metrics_are_those_of_glue():
     other = {"cola": "matthews", "mrpc": "f1"}
     tasks = classification.GLUE_TASKS
     assert all(classification.metric(f"glue/{task}@x") == other.get(task, "accuracy") for task in tasks)
-        classification.metric(f"glue/{task}@x") == other.get(task, "accuracy") for task in classification.GLUE_TASKS
-    )
 
 
 def test_without_a_folder_the_hub_is_asked_for_the_configuration(monkeypatch):
