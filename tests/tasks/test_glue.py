@@ -3,7 +3,7 @@ import json
 import datasets
 import pytest
 
-from limbeck.tasks import classification, glue
+from limbeck.tasks import classification
 
 CONFIGURATIONS = {"cola", "sst2", "mrpc", "qqp", "qnli", "rte", "mnli"}  # the hub's, without those left out
 
@@ -17,7 +17,7 @@ def write(folder, files):
 
 
 def rows(task, words, *, labels=(0, 1), first=0):
-    columns = glue.TASKS[task].columns
+    columns = classification.GLUE_TASKS[task].columns
     return [
         {column: f"{words} {column} {number}" for column in columns}
         | {"label": labels[number % len(labels)], "idx": number}
@@ -38,11 +38,11 @@ def copy(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("task", glue.TASKS)
+@pytest.mark.parametrize("task", classification.GLUE_TASKS)
 def test_the_test_is_the_validation_split_and_validation_is_cut_from_train(copy, task):
     train, validation, test = classification.splits(f"glue/{task}@{copy}", (-1, 4, 5), seed=0)
     held = {"mnli": "matched", "mnli_mm": "mismatched"}.get(task, "held")
-    columns = glue.TASKS[task].columns
+    columns = classification.GLUE_TASKS[task].columns
     assert [len(part) for part in (train, validation, test)] == [8, 4, 5]
     assert {example.text for example in train + validation} == {f"train {columns[0]} {n}" for n in range(12)}
     assert {example.text for example in test} < {f"{held} {columns[0]} {n}" for n in range(12)}
@@ -60,7 +60,8 @@ def test_all_of_the_validation_split_may_be_the_test(copy):
 
 def test_metrics_are_those_of_glue():
     other = {"cola": "matthews", "mrpc": "f1"}
-    assert all(classification.metric(f"glue/{task}@x") == other.get(task, "accuracy") for task in glue.TASKS)
+    tasks = classification.GLUE_TASKS
+    assert all(classification.metric(f"glue/{task}@x") == other.get(task, "accuracy") for task in tasks)
 
 
 def test_without_a_folder_the_hub_is_asked_for_the_configuration(monkeypatch):
@@ -79,16 +80,16 @@ def test_without_a_folder_the_hub_is_asked_for_the_configuration(monkeypatch):
 
 def test_what_is_no_copy_of_a_task_is_refused_with_what_was_found(copy, tmp_path):
     with pytest.raises(ValueError, match=r"received task 'stsb', expected one of \['cola'"):
-        glue.parts("glue/stsb")
+        classification.glue_parts("glue/stsb")
     with pytest.raises(
         ValueError, match=r"received nowhere as a copy of nyu-mll/glue, expected the folder nowhere/rte"
     ):
-        glue.parts("glue/rte@nowhere")
+        classification.glue_parts("glue/rte@nowhere")
     write(tmp_path / "one" / "rte", {"train": rows("rte", "a")})
     with pytest.raises(ValueError, match=r"expected a split validation .*, received the splits \['train'\]"):
-        glue.parts(f"glue/rte@{tmp_path / 'one'}")
+        classification.glue_parts(f"glue/rte@{tmp_path / 'one'}")
     write(tmp_path / "two" / "rte", {"train": rows("sst2", "a"), "validation": rows("sst2", "a")})
     with pytest.raises(
         ValueError, match=r"expected a split train with \['sentence1', 'sentence2', 'label'\], received"
     ):
-        glue.parts(f"glue/rte@{tmp_path / 'two'}")
+        classification.glue_parts(f"glue/rte@{tmp_path / 'two'}")

@@ -1,17 +1,24 @@
 """Text classification: examples, disjoint splits, and token batches without much padding.
 
-A data set is named in the parameters: a task of this package, a GLUE task (glue.py), or a local folder or hub name for
+A data set is named in the parameters: a task of this package, a GLUE task, or a local folder or hub name for
 `datasets`, with the columns `text` and `label`. Except for GLUE, all parts of a data set are pooled, rows without a
 label (-1) left out; a text that occurs twice is kept once, one with two labels is dropped; then splits are drawn anew.
 
 Our own are dialogue acts of MultiWOZ's users, VADER's opinions, topics of Reuters and of 20 Newsgroups.
+
+GLUE's tasks are `glue/<task>` through the hub, `glue/<task>@<folder>` from your own copy, a folder in which `datasets`
+can load <folder>/<task> with the hub's columns and splits. The labels of GLUE's test split are secret: its validation
+split is the test here, and our validation is cut from its train split. `mnli` is tested on the matched genres,
+`mnli_mm` on the others. Rows are kept as they come, so a text may occur twice. Left out: stsb (a regression), wnli and
+ax, and the second of two metrics where GLUE has two.
 """
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -19,7 +26,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from limbeck import assets, seeding
-from limbeck.tasks import glue
 
 ACTS = "multiwoz_acts"
 OPINIONS = {"vader_movie": "movie.txt", "vader_tweets": "tweets.txt"}
@@ -146,15 +152,15 @@ def splits(name: str, sizes: Sequence[int], *, seed: int) -> list[list[Example]]
 
     Of a GLUE task the test comes from its validation split and the others from its train split.
     """
-    if not name.startswith(glue.PREFIX):
+    if not name.startswith(GLUE):
         return draw(examples(name), sizes, seed=seed)
-    train, test = ([Example(*row) for row in rows] for rows in glue.parts(name))
+    train, test = ([Example(*row) for row in rows] for rows in glue_parts(name))
     return draw(train, sizes[:2], seed=seed) + draw(test, sizes[2:], seed=seed)
 
 
 def metric(name: str) -> str:
     """What a data set is scored by, as `evaluation.classifier.score` names it: accuracy, unless GLUE says otherwise."""
-    return glue.metric(name) if name.startswith(glue.PREFIX) else "accuracy"
+    return glue_metric(name) if name.startswith(GLUE) else "accuracy"
 
 
 def class_names(parts: Sequence[Sequence[Example]]) -> tuple[str, ...]:
@@ -195,3 +201,66 @@ def batches(lengths: Int[Tensor, " row"], *, size: int, seed: int, epoch: int, p
     pools = [chunk[torch.argsort(lengths[chunk], stable=True)] for chunk in torch.split(order, size * pool)]
     cut = [batch for chunk in pools for batch in torch.split(chunk, size)]
     return [cut[i] for i in torch.randperm(len(cut), generator=source).tolist()]
+
+
+GLUE = "glue/"
+_GLUE_HUB = "nyu-mll/glue"
+
+
+class GlueTask(NamedTuple):
+    """The column or columns of the sentences, the metric, and the split that is the test."""
+
+    columns: tuple[str, ...]
+    metric: str = "accuracy"
+    test: str = "validation"
+
+
+GLUE_TASKS = {
+    "cola": GlueTask(("sentence",), "matthews"),
+    "sst2": GlueTask(("sentence",)),
+    "mrpc": GlueTask(("sentence1", "sentence2"), "f1"),
+    "qqp": GlueTask(("question1", "question2")),
+    "qnli": GlueTask(("question", "sentence")),
+    "rte": GlueTask(("sentence1", "sentence2")),
+    "mnli": GlueTask(("premise", "hypothesis"), test="validation_matched"),
+    "mnli_mm": GlueTask(("premise", "hypothesis"), test="validation_mismatched"),
+}
+
+
+def task_and_folder(name: str, tasks: Collection[str]) -> tuple[str, str]:
+    """The two parts of `suite/task@folder`; the folder is empty for the hub. Raises ValueError for an unknown task."""
+    task, _, folder = name.partition("/")[2].partition("@")
+    if task not in tasks:
+        raise ValueError(f"data set {name}: received task {task!r}, expected one of {sorted(tasks)}")
+    return task, folder
+
+
+def load_suite(hub: str, task: str, folder: str, columns: Sequence[str], test: str) -> list[list[dict[str, Any]]]:
+    """The rows of the train split and of the one named `test`, without those that have no label (-1)."""
+    from datasets import load_dataset  # noqa: PLC0415  (slow, and only needed here)
+
+    if folder and not Path(folder, task).is_dir():
+        raise ValueError(f"received {folder} as a copy of {hub}, expected the folder {Path(folder, task)} in it")
+    dataset = load_dataset(str(Path(folder, task))) if folder else load_dataset(hub, task)
+    parts = []
+    for split in ("train", test):
+        if split not in dataset or not {*columns, "label"} <= set(dataset[split].column_names):
+            received = dataset[split].column_names if split in dataset else f"the splits {sorted(dataset)}"
+            raise ValueError(f"{hub} {task}: expected a split {split} with {[*columns, 'label']}, received {received}")
+        parts.append([row for row in dataset[split].to_list() if row["label"] != -1])
+    return parts
+
+
+def glue_parts(name: str) -> list[list[tuple[str, str, str | None]]]:
+    """(text, label, second text of a pair) of GLUE's train split and of our test."""
+    task, folder = task_and_folder(name, GLUE_TASKS)
+    columns, _, test = GLUE_TASKS[task]
+    return [
+        [(row[columns[0]], str(row["label"]), row[columns[1]] if len(columns) == 2 else None) for row in rows]
+        for rows in load_suite(_GLUE_HUB, task.removesuffix("_mm"), folder, columns, test)
+    ]
+
+
+def glue_metric(name: str) -> str:
+    """The metric of a task, as `evaluation.classifier.score` names it."""
+    return GLUE_TASKS[task_and_folder(name, GLUE_TASKS)[0]].metric

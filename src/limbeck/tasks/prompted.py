@@ -1,7 +1,7 @@
 """Classification as generation: a prompt, the words that may follow it, and which of them is right.
 
 For our own tasks and data sets of texts and labels (classification.py), and for SuperGLUE's boolq, cb, copa, rte and
-wic: `superglue/<task>` through the hub, `superglue/<task>@<folder>` from your own copy, split as GLUE is (glue.py).
+wic: `superglue/<task>` through the hub, `superglue/<task>@<folder>` from your own copy, split as GLUE is.
 
 The templates are ours: the paper's prompts were not recovered. Every task counts accuracy; SuperGLUE's F1 of cb is
 left out. R52's and 20NG's texts are cut to 200 characters, since whole ones are long; others are given whole.
@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from limbeck.tasks import classification, glue
+from limbeck.tasks import classification
 
 PREFIX = "superglue/"
 _HUB = "aps/super_glue"
@@ -66,11 +66,11 @@ SUPERGLUE = {
 def splits(name: str, sizes: Sequence[int], *, seed: int) -> list[list[Prompted]]:
     """Disjoint random prompts to train on, to validate on and to test on; sizes as in `classification.splits`."""
     if name.startswith(PREFIX):
-        task, folder = glue.task_and_folder(name, SUPERGLUE)
-        train, test = glue.load(_HUB, task, folder, SUPERGLUE[task].columns, "validation")
+        task, folder = classification.task_and_folder(name, SUPERGLUE)
+        train, test = classification.load_suite(_HUB, task, folder, SUPERGLUE[task].columns, "validation")
         rows = classification.draw(train, sizes[:2], seed=seed) + classification.draw(test, sizes[2:], seed=seed)
         return [[_filled(SUPERGLUE[task], row) for row in part] for part in rows]
-    if name.startswith(glue.PREFIX):
+    if name.startswith(classification.GLUE):
         raise ValueError(f"received {name}, expected a task of superglue/: GLUE's labels are numbers, not words")
     parts = classification.splits(name, sizes, seed=seed)
     classes = classification.class_names(parts)
