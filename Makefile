@@ -18,7 +18,7 @@ $(shell printf '[core]\n    no_scm = true\n' > .dvc/config.local)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce compare test smoke figures full bench reseal lab lint pipeline readme clean
+.PHONY: help reproduce compare test smoke figures full bench reseal lab docs lint pipeline readme clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -80,6 +80,10 @@ lab: $(READY)  ## JupyterLab on localhost, at notebooks/README.md
 	jupyter lab --ip=127.0.0.1 $$(test $$(id -u) != 0 || echo --allow-root) \
 		--LabApp.default_url=/lab/tree/notebooks/README.md
 
+docs: $(READY)  ## build the site from what results/ holds; nothing is run
+	sphinx-build -W --keep-going -q -j 2 -b html docs data/site/html
+	@echo "Open data/site/html/index.html."
+
 lint: $(READY)
 	ruff check .
 	ruff format --check .
@@ -94,4 +98,4 @@ readme: $(READY)  ## renew the claims in README.md and results/*.md from the exh
 	python -m limbeck.exhibits.readme
 
 clean:  ## delete the environment and what was trained, not what was fetched
-	rm -rf $(VENV) data/checkpoints data/resume data/executed
+	rm -rf $(VENV) docs/generated data/site data/checkpoints data/resume data/executed
