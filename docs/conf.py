@@ -1,4 +1,4 @@
-"""The site: `make docs`. What results/ holds is copied to docs/generated/, with its links made the site's; nothing is run.
+"""The site: `make docs`. What results/ holds is copied to docs/generated/, its links made the site's; nothing is run.
 
 docs/_static/mathjax.js is MathJax 3.2.2's es5/tex-svg.js, as npm has it (Apache-2.0;
 sha256 d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882), so that formulas need no network.
@@ -52,7 +52,7 @@ def exhibits() -> dict[tuple[str, str], str]:
 
 
 def linked(text: str, file: Path, place: Path, pages: dict[Path, str]) -> str:
-    """A page of the repository on the site: its links lead to pages of the site, its pictures stay, the rest is text."""
+    """A page of the repository for the site: links lead to the site's pages, pictures stay, other links become text."""
 
     def target(match: re.Match) -> str:
         picture, words, address = match.groups()

@@ -1,4 +1,4 @@
-"""The site: it builds without a warning, has a page per exhibit and an entry per public function, and needs no network."""
+"""The site: it builds without a warning, has a page per exhibit, an entry per public function, and needs no network."""
 
 import hashlib
 import re
