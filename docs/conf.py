@@ -1,6 +1,6 @@
 """The site: `make docs`. What results/ holds is copied to docs/generated/, its links made the site's; nothing is run.
 
-docs/_static/mathjax.js is MathJax 3.2.2's es5/tex-svg.js, as npm has it (Apache-2.0;
+docs/_static/mathjax.js is MathJax 3.2.2's es5/tex-svg.js, as npm has it (Apache-2.0, mathjax.LICENSE;
 sha256 d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882), so that formulas need no network.
 """
 
