@@ -93,9 +93,14 @@ def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]
 def table(decisions: Sequence[Mapping[str, Any]]) -> Shown:
     """Decisions as a table to show, one row per claim, its statement whole and its verdict coloured."""
     columns = ["statement", "rule", "ours", "interval", "level", "count", "verdict"]
-    shown = Shown.of(pd.DataFrame(list(decisions), columns=["id", *columns]).set_index("id"))
-    shown.style.map(_coloured, subset=["verdict"]).format(escape="html")
+    rows = [decision | {"interval": _brackets(decision["interval"])} for decision in decisions]
+    shown = Shown.of(pd.DataFrame(rows, columns=["id", *columns]).set_index("id"))
+    shown.style.map(_coloured, subset=["verdict"]).format(escape="html", precision=4)
     return shown
+
+
+def _brackets(interval: Sequence[float] | None) -> str:
+    return f"[{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "–"
 
 
 def _coloured(verdict: str) -> str:
