@@ -231,6 +231,15 @@ def test_the_shown_table_keeps_the_order_of_groups_and_metrics_and_marks_gaps(by
     assert list(table.index.get_level_values("arm")) == ["b", "a"]
 
 
+@pytest.mark.parametrize("by", [["arm"], ["arm", "task"]])
+def test_the_shown_table_names_arms_as_figures_do_and_nothing_else(by):
+    frame = pd.DataFrame({"arm": ["ce+kl", "kdrl", "step"], "task": ["kl", "none", "kdrl"], "eval/y": [1.0, 2.0, 3.0]})
+    table = intervals.show(intervals.summarise(frame, by=by, metrics=["eval/y"]))
+    assert list(table.index.get_level_values("arm")) == ["CE + KL", "KDRL", "step"]
+    assert len(by) == 1 or list(table.index.get_level_values("task")) == ["kl", "none", "kdrl"]
+    assert list(table["eval/y"]) == ["1", "2", "3"]
+
+
 def test_a_curve_has_the_mean_over_seeds_of_both_axes_window_by_window():
     rows = [
         {

@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from limbeck.exhibits.palette import ARMS, look
+
 FIELDS = ("mean", "low", "high", "count", "level")  # of an Estimate, as `summarise` spells them
 Numbers = Sequence[float | int] | np.ndarray
 
@@ -144,7 +146,10 @@ def summarise(frame: pd.DataFrame, *, by: Sequence[str], metrics: Sequence[str])
 
 
 def show(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """The rows of `summarise` for the eye: one line per group, one column per metric, `mean [low, high]` in each."""
+    """The rows of `summarise` for the eye: one line per group, one column per metric, `mean [low, high]` in each.
+
+    Arms have the names that they have in figures.
+    """
     by = [name for name in rows[0] if name not in ("metric", *(field.name for field in dataclasses.fields(Estimate)))]
     cells = pd.DataFrame(
         [{name: row[name] for name in by} | {"metric": row["metric"], "text": _text(row)} for row in rows]
@@ -152,7 +157,11 @@ def show(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     order = list(dict.fromkeys(cells["metric"]))
     groups = cells[by].drop_duplicates()
     wide = cells.pivot(index=by, columns="metric", values="text")[order].fillna("–")
-    return wide.reindex(pd.MultiIndex.from_frame(groups) if len(by) > 1 else pd.Index(groups[by[0]]))
+    table = wide.reindex(pd.MultiIndex.from_frame(groups) if len(by) > 1 else pd.Index(groups[by[0]]))
+    if "arm" not in by:
+        return table
+    names = {arm: look(arm).label if ARMS.keys() >= {*arm.split("+")} else arm for arm in groups["arm"]}
+    return table.rename(index=names, level="arm" if len(by) > 1 else None)
 
 
 def _text(row: dict[str, Any]) -> str:
