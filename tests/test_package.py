@@ -59,6 +59,10 @@ def test_the_version_is_that_of_the_package_and_of_the_citation():
     assert f"version: {PROJECT['version']}\n" in (paths.ROOT / "CITATION.cff").read_text()
 
 
+def test_the_compiled_sinkhorn_path_comes_with_the_package():
+    assert "numba" in needed(PROJECT["dependencies"])
+
+
 def test_the_losses_load_no_transformers_and_no_peft():
     code = "import sys, limbeck.losses; print({'transformers', 'peft', 'numba'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
