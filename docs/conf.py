@@ -41,14 +41,10 @@ autodoc_preserve_defaults = True
 maximum_signature_line_length = 90
 
 
-def exhibits() -> dict[tuple[str, str], str]:
-    """Each exhibit, with the first profile that has it."""
-    found = {}
-    for profile in PROFILES:
-        for paper in PAPERS:
-            for file in sorted((ROOT / "results" / profile / paper).glob("*.json")):
-                found.setdefault((paper, file.stem), profile)
-    return found
+def exhibits() -> list[tuple[str, str, str]]:
+    """Profile, paper and name of each exhibit; one that two profiles have is two."""
+    folders = [(profile, paper) for profile in PROFILES for paper in PAPERS]
+    return [(*of, file.stem) for of in folders for file in sorted((ROOT / "results" / Path(*of)).glob("*.json"))]
 
 
 def linked(text: str, file: Path, place: Path, pages: dict[Path, str]) -> str:
@@ -78,12 +74,12 @@ def generate() -> None:
     places[ROOT / "results" / "README.md"] = "generated/claims/index.md"
     pages = dict(places)
     pages[ROOT / "README.md"] = "index.md"
-    for (paper, exhibit), profile in exhibits().items():
-        page = f"generated/exhibits/{paper}/{exhibit}.ipynb"
-        pages[ROOT / "notebooks" / paper / f"{exhibit}.ipynb"] = page
-        for other in PROFILES:
-            pages[ROOT / "results" / other / "executed" / paper / f"{exhibit}.ipynb"] = page
-        _notebook(ROOT / "results" / profile / "executed" / paper / f"{exhibit}.ipynb", ROOT / "docs" / page)
+    for profile, paper, exhibit in exhibits():
+        page = f"generated/exhibits/{profile}/{paper}/{exhibit}.ipynb"
+        executed = ROOT / "results" / profile / "executed" / paper / f"{exhibit}.ipynb"
+        pages[executed] = page
+        pages.setdefault(ROOT / "notebooks" / paper / f"{exhibit}.ipynb", page)
+        _notebook(executed, ROOT / "docs" / page)
     for file, page in places.items():
         place = ROOT / "docs" / page
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -107,19 +103,18 @@ def _gallery() -> str:
         "# Exhibits\n\nEvery figure and table, drawn from committed records. A card opens the executed notebook.\n"
     ]
     for paper, name in PAPERS.items():
-        own = {exhibit: profile for (of, exhibit), profile in exhibits().items() if of == paper}
-        cards = [_card(paper, exhibit, profile) for exhibit, profile in own.items()]
+        cards = [_card(*exhibit) for exhibit in exhibits() if exhibit[1] == paper]
         parts.append(f"## {name}\n\n::::{{grid}} 1 2 3 3\n:gutter: 3\n\n" + "\n".join(cards) + "::::\n")
-    hidden = "\n".join(f"exhibits/{paper}/{exhibit}" for paper, exhibit in exhibits())
+    hidden = "\n".join("exhibits/" + "/".join(exhibit) for exhibit in exhibits())
     return "\n".join(parts) + f"\n```{{toctree}}\n:hidden:\n\n{hidden}\n```\n"
 
 
-def _card(paper: str, exhibit: str, profile: str) -> str:
+def _card(profile: str, paper: str, exhibit: str) -> str:
     notebook = json.loads((ROOT / "notebooks" / paper / f"{exhibit}.ipynb").read_text())
     title = "".join(notebook["cells"][0]["source"]).splitlines()[0].partition(": ")[2]
     title = title[:1].upper() + title[1:]
     picture = f"../../results/{profile}/{paper}/{exhibit}.svg"
-    lines = [f":::{{grid-item-card}} {title}", f":link: exhibits/{paper}/{exhibit}", ":link-type: doc"]
+    lines = [f":::{{grid-item-card}} {title}", f":link: exhibits/{profile}/{paper}/{exhibit}", ":link-type: doc"]
     return "\n".join([*lines, f":img-top: {picture}", f":img-alt: {title}", f"\n{exhibit} · {profile}\n:::\n"])
 
 

@@ -27,13 +27,23 @@ def site(tmp_path_factory):
 @pytest.mark.slow
 def test_each_exhibit_has_a_page_with_its_picture_and_a_card(site):
     files = [path for path in paths.RESULTS.glob("*/*/*.json") if (path.parent / f"{path.stem}.svg").is_file()]
-    exhibits = {f"{path.parent.name}/{path.stem}" for path in files if path.parts[-3] in ("default", "full", "bench")}
+    exhibits = {"/".join(path.parts[-3:]).removesuffix(".json") for path in files}
+    exhibits = {exhibit for exhibit in exhibits if exhibit.startswith(("default/", "full/", "bench/"))}
     gallery = (site / "generated" / "gallery.html").read_text()
-    assert len(exhibits) == len(set(re.findall(r'href="exhibits/(\w+/\w+)\.html"', gallery)))
+    assert exhibits == set(re.findall(r'href="exhibits/(\w+/\w+/\w+)\.html"', gallery))
     for exhibit in exhibits:
         page = (site / "generated" / "exhibits" / f"{exhibit}.html").read_text()
         assert "<img" in page and "Reading." in page, exhibit
         assert f'href="exhibits/{exhibit}.html"' in gallery
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paper", ["sinkd", "nola", "kdrl"])
+def test_an_executed_notebook_that_the_claims_name_is_the_one_of_its_profile(site, paper):
+    named = re.findall(r"\(([a-z]+)/executed/(\w+/\w+)\.ipynb\)", (paths.RESULTS / f"{paper}.md").read_text())
+    page = (site / "generated" / "claims" / f"{paper}.html").read_text()
+    links = re.findall(r'href="\.\./exhibits/(\w+)/(\w+/\w+)\.html"[^>]*>(?:<[^>]+>)*executed<', page)
+    assert named and links == named
 
 
 @pytest.mark.slow
