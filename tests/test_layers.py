@@ -26,13 +26,14 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "models": {"adapters", "assets", "paths", "seeding"},
     "tasks": {"assets", "params", "seeding"},
     "sampling": {"models", "seeding"},
+    "vllm_sampling": {"sampling", "seeding"},
     "training": {"losses", "models", "sampling"},
     "evaluation": {"models", "tasks"},
     "exhibits": {"paths", "records"},
     "experiments": {"definitions", "digests", "models", "params", "paths", "records"},
     "workflow": {"assets", "definitions", "digests", "experiments", "params", "paths", "records"},
 }
-LIBRARY = {"losses", "adapters", "models", "tasks", "sampling", "training", "evaluation"}
+LIBRARY = {"losses", "adapters", "models", "tasks", "sampling", "vllm_sampling", "training", "evaluation"}
 BELOW_EXPERIMENTS = LIBRARY | {"assets", "experiments", "measurements", "params", "seeding"}
 MAY_IMPORT |= {f"experiments.{paper}": BELOW_EXPERIMENTS for paper in ("kdrl", "nola", "sinkd")}
 PACKAGE = paths.ROOT / "src" / "limbeck"

@@ -1,5 +1,8 @@
+import copy
+import inspect
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -175,7 +178,84 @@ def test_a_temperature_that_is_none_is_refused(model):
             score(model, [(4,)], [(5,)], temperature)
 
 
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(model, monkeypatch):
-    monkeypatch.setattr(model.config, "final_logit_softcapping", 30.0, raising=False)
-    with pytest.raises(ValueError, match=r"final_logit_softcapping=30\.0, expected logits as the head says"):
-        score(model, [(4,)], [(5,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (math.nan, r"1 NaN of 4 logits, the largest nan, in row 1 at step 7; expected finite ones, or some at -inf"),
+        (math.inf, "0 NaN of 4 logits, the largest inf, in row 1 at step 7"),
+        (None, "0 NaN of 4 logits, the largest -inf, in row 1 at step 7"),
+    ],
+)
+def test_logits_that_are_no_numbers_are_refused_by_row_and_step(value, message, dtype):
+    logits = torch.zeros(3, 4, dtype=dtype)
+    if value is None:
+        logits[1] = -torch.inf
+    else:
+        logits[1, 2] = value
+    with pytest.raises(ValueError, match=message):
+        sampling.choose(logits, torch.full((3,), 0.5, dtype=torch.float64), 1.0, step=7)
+
+
+def test_a_model_whose_logits_break_in_the_middle_of_a_completion_is_refused_by_step(model):
+    class Breaking(type(model)):
+        def forward(self, *args, **options):
+            output = super().forward(*args, **options)
+            if calls["seen"] is not None:
+                calls["seen"] += 1
+                output.logits[1:] = math.nan if calls["seen"] == 4 else output.logits[1:]
+            return output
+
+    calls, broken = {"seen": None}, copy.deepcopy(model)
+    broken.__class__ = Breaking
+    draw(sampling.Sampled(broken, END))  # the shortcuts are tried
+    calls["seen"] = 0
+    with pytest.raises(ValueError, match=r"11 NaN of 11 logits, the largest nan, in row 1 at step 3"):
+        draw(sampling.Sampled(broken, END))
+
+
+def test_any_of_several_ends_ends_a_completion(model):
+    alone, both = draw(sampling.Sampled(model, END)).rows(), draw(sampling.Sampled(model, [END, 5]))
+    expected = [row[: row.index(5) + 1] if 5 in row else row for row in alone]
+    assert both.rows() == expected
+    assert expected != alone
+    assert both.ended.tolist() == [row[-1] in (END, 5) for row in expected]
+
+
+@pytest.mark.parametrize("end", [None, [], -1, [3, None], "3", 2.0])
+def test_an_end_that_is_no_token_is_refused(end):
+    with pytest.raises(ValueError, match=re.escape(f"received end {end!r}, expected a token or some")):
+        inspect.unwrap(sampling.ends)(end)  # without the tests' check of types
+
+
+class Wilful(torch.nn.Module):
+    """A module that trains whatever it is told."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
+def test_a_module_that_cannot_leave_training_mode_is_refused_and_all_modes_are_put_back(model):
+    wilful = copy.deepcopy(model)
+    wilful.added = Wilful()
+    wilful.get_input_embeddings().train()
+    before = {name: module.training for name, module in wilful.named_modules()}
+    with pytest.raises(ValueError, match="received the module 'added', which stays in training mode"):
+        draw(sampling.Sampled(wilful, END))
+    assert {name: module.training for name, module in wilful.named_modules()} == before
+    assert len(set(before.values())) == 2
+
+
+def test_a_model_with_chance_in_it_is_refused(model):
+    class Chancy(type(model)):
+        def forward(self, *args, **options):
+            output = super().forward(*args, **options)
+            chance["drawn"] += 1
+            output.logits[..., 0] += chance["drawn"]
+            return output
+
+    chance, chancy = {"drawn": 0}, copy.deepcopy(model)
+    chancy.__class__ = Chancy
+    for call in (lambda: draw(sampling.Sampled(chancy, END)), lambda: score(chancy, [(4,)], [(5,)])):
+        with pytest.raises(ValueError, match="a model that answers otherwise when asked again"):
+            call()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from limbeck import sampling
-from limbeck.sampling import Sampler, VllmSampled
+from limbeck import sampling, vllm_sampling
+from limbeck.sampling import Sampler
+from limbeck.vllm_sampling import VllmSampled
 
 END, VOCABULARY = 3, 11
 PROMPTS = ((5, 6, 7), (4,), (8, 9, 5, 6))
@@ -125,10 +126,10 @@ def test_the_engine_follows_the_model_and_is_built_once(engines):
 
 
 def test_an_engine_goes_with_its_model(engines):
-    before = len(sampling._engines)
+    before = len(vllm_sampling._engines)
     draw(VllmSampled(drawn(0), END))
     gc.collect()
-    assert len(sampling._engines) == before
+    assert len(vllm_sampling._engines) == before
     assert len(engines) == 1
 
 

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from limbeck.evaluation import answers
 from limbeck.evaluation.answers import Question
@@ -129,3 +129,52 @@ def test_an_answer_that_begins_another_needs_an_end(tokenizer):
 def test_an_empty_prompt_is_refused(tokenizer):
     with pytest.raises(ValueError, match="at least one token, got ''"):
         answers.encode([Prompted("", (" b", " c"), 0)], tokenizer, longest=3, end=())
+
+
+@pytest.fixture
+def capped(tokenizer):
+    """A decoder that changes its logits after the head, by enough to change which answer wins."""
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, intermediate_size=32, initializer_range=1.0, final_logit_softcapping=0.5, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Gemma2ForCausalLM(config).eval()
+
+
+def test_logits_that_change_after_the_head_are_scored_as_the_model_says(capped):
+    source = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, 20, (40, 6), generator=source).tolist()
+    questions = [Question(tuple(row[:3]), ((row[3], 21), (row[4], 22, 23), (24,)), 0) for row in rows]
+    with torch.no_grad():
+        scores = [naive_scores(capped, question) for question in questions]
+        answered = answers.predictions(capped, questions, torch.float32).tolist()
+        assert answered == [score.index(max(score)) for score in scores]
+        logits = [naive_logits(capped, q.prompt, choice) for q in questions for choice in q.choices]
+    uncapped = [0.5 * (row / 0.5).clamp(-1 + 1e-6, 1 - 1e-6).atanh() for row in logits]
+    values = iter(
+        sum(row.log_softmax(-1)[k, token].item() for k, token in enumerate(choice))
+        for row, choice in zip(uncapped, (c for q in questions for c in q.choices), strict=True)
+    )
+    wrong = [[next(values) for _ in question.choices] for question in questions]
+    assert answered != [score.index(max(score)) for score in wrong]  # so the cap matters here
+    for read in (answers.answer_states, lambda m, q: answers.all_states(m, q, torch.float32)):
+        with pytest.raises(ValueError, match="received a Gemma2ForCausalLM, expected a model whose logits are its"):
+            read(capped, questions)
+
+
+def test_predictions_are_those_of_evaluation_mode_and_the_mode_stays(tokenizer):
+    model = gpt_neo(tokenizer)
+    expected = answers.predictions(model, QUESTIONS * 10, torch.float32)
+    noisy = GPTNeoForCausalLM(type(model.config)(**model.config.to_diff_dict() | {"resid_dropout": 0.9}))
+    noisy.load_state_dict(model.state_dict())
+    assert torch.equal(answers.predictions(noisy.train(), QUESTIONS * 10, torch.float32), expected)
+    assert all(module.training for module in noisy.modules())
+
+
+def test_logits_that_are_no_numbers_are_refused(model):
+    with torch.no_grad():
+        answers.head(model).weight[14] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN among the logits, the first in row \[\]"):
+        answers.predictions(model, QUESTIONS, torch.float32)

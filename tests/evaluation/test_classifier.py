@@ -84,3 +84,21 @@ def test_states_are_left_out_unless_asked_for_and_change_no_logit(encoder):
 def test_an_unknown_metric_is_refused():
     with pytest.raises(ValueError, match="received metric 'bleu', expected accuracy or one of"):
         scores("bleu", RIGHT)
+
+
+def test_logits_that_are_no_numbers_are_refused_by_row():
+    class_logits = torch.zeros(4, 3)
+    class_logits[2, 1] = torch.nan
+    for metric in ("accuracy", "f1", "matthews"):
+        with pytest.raises(ValueError, match=r"1 NaN among the logits, the first in row \[2\], expected none"):
+            classifier.score(metric, class_logits, torch.zeros(4, dtype=torch.long))
+
+
+def test_the_outputs_of_all_rows_are_those_of_evaluation_mode_and_the_mode_stays(encoder):
+    expected = classifier.all_rows(encoder, data(11), torch.float32).logits
+    dropouts = [module for module in encoder.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts
+    for module in dropouts:
+        module.p = 0.5
+    assert torch.equal(classifier.all_rows(encoder.train(), data(11), torch.float32).logits, expected)
+    assert all(module.training for module in encoder.modules())

@@ -2,6 +2,9 @@ import os
 
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from limbeck import assets, models, paths
 from limbeck.models import language
@@ -91,3 +94,46 @@ def test_smollm2_is_copied_once_and_knows_a_capital(tmp_path, monkeypatch):
     assert (folder.stat().st_mtime_ns, model.dtype) == (stamp, torch.float32)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ '[TURN]' }} \n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("eos", "config", "generation", "template", "expected"),
+    [
+        ("[EOS]", None, None, None, ["[EOS]"]),
+        (None, "[A]", ["[B]", "[A]"], None, ["[A]", "[B]"]),
+        ("[EOS]", "[A]", ["[A]", "[EOS]"], TURNS, ["[EOS]", "[A]", "[TURN]"]),
+        (None, None, None, TURNS, ["[TURN]"]),
+        ("[EOS]", None, None, TURNS.replace("[TURN]", "end of turn"), ["[EOS]"]),
+        ("[EOS]", None, None, "{{ raise_exception('no such turns') }}", ["[EOS]"]),
+        ("[EOS]", None, None, "{{ messages[0]['content'] }}[TURN]", ["[EOS]"]),
+    ],
+)
+def test_every_end_that_tokenizer_configs_and_template_know(eos, config, generation, template, expected):
+    words = Tokenizer(WordLevel({name: n for n, name in enumerate(["?", "[EOS]", "[A]", "[B]"])}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token=eos)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[TURN]"]})
+    tokenizer.chat_template = template
+    number = tokenizer.convert_tokens_to_ids
+    generation = generation and GenerationConfig(eos_token_id=[number(token) for token in generation])
+    config = config and LlamaConfig(eos_token_id=number(config))
+    assert language.end_tokens(tokenizer, config, generation) == tuple(map(number, expected))
+    if eos is None and template is None:
+        with pytest.raises(ValueError, match="received no end token from tokenizer, configs or chat template"):
+            language.end_tokens(tokenizer, None)
+        with pytest.raises(ValueError, match="without eos_token, expected one"):
+            language.solution_end(tokenizer, chat=True)
+
+
+def test_the_ends_of_a_named_model_are_read_from_its_folder(tmp_path, tokenizer):
+    model = language.load("llama-1x16", tokenizer, seed=0)
+    model.generation_config.eos_token_id = [1, 4]
+    model.save_pretrained(tmp_path)
+    configs = language.generation_configs(str(tmp_path))
+    assert language.end_tokens(tokenizer, *configs) == (tokenizer.eos_token_id, 4)
+    (tmp_path / "generation_config.json").unlink()
+    assert language.end_tokens(tokenizer, *language.generation_configs(str(tmp_path))) == (tokenizer.eos_token_id,)
+    assert language.generation_configs("llama-1x16") == []

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from limbeck import models, sampling, seeding
 from limbeck.adapters import NolaConfig
 from limbeck.losses import divergence, kdrl, policy
-from limbeck.training import grpo, rollouts
+from limbeck.training import grpo, objectives, rollouts
 from limbeck.training.rollouts import Problem, Verdict
 
 END, WANTED, KD = 3, 5, 0.5
@@ -360,7 +360,7 @@ def tokenizer(words, **special):
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", **special)
 
 
-def test_a_teacher_of_another_vocabulary_or_end_is_refused():
+def test_a_teacher_of_another_vocabulary_is_refused_and_one_of_another_end_is_not():
     words = ["?", "[E]", "[P]", "a", "b"]
     student = tokenizer(words, eos_token="[E]", pad_token="[P]")
     rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[P]"))
@@ -371,5 +371,63 @@ def test_a_teacher_of_another_vocabulary_or_end_is_refused():
     with pytest.raises(ValueError, match="expected equal ones; 'a' is 3 for the student and 4 for the teacher"):
         turned = [*words[:3], "b", "a"]
         rollouts.require_one_vocabulary(student, tokenizer(turned, eos_token="[E]", pad_token="[P]"))
-    with pytest.raises(ValueError, match=r"eos_token '\[E\]' for the student and '\[P\]' for the teacher"):
-        rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[P]", pad_token="[P]"))
+    rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[P]", pad_token="[P]"))
+    with pytest.raises(ValueError, match=r"pad_token '\[P\]' for the student and '\[E\]' for the teacher"):
+        rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[E]"))
+
+
+def on_first_step(run, arm, teacher_ends):
+    run = dataclasses.replace(run, teacher_ends=teacher_ends)
+    rollout = run.roll(problems(1)[0], 0)
+    terms, metrics = objectives.objective(objectives.arm(arm), kd_coef=KD, steps=1)(0, rollout)
+    return rollout, terms(run.score(rollout, torch.arange(len(rollout.completions)))), metrics
+
+
+def test_the_teacher_has_no_say_in_an_end_that_is_none_of_its_own():
+    whole, losses, _ = on_first_step(make(), "kdrl", None)
+    assert 0 < whole.ended.sum() < len(whole.ended)
+    same, own, _ = on_first_step(make(), "kdrl", (9, END))
+    assert torch.equal(same.taught, whole.mask)
+    assert {name: value.item() for name, value in own.items()} == {name: value.item() for name, value in losses.items()}
+    part, other, metrics = on_first_step(make(), "kdrl", (9,))
+    ends = torch.zeros_like(whole.mask)
+    for row, tokens in enumerate(whole.completions):
+        ends[row, len(tokens) - 1] = tokens[-1] == END
+    assert torch.equal(part.taught, whole.mask & ~ends)
+    ratios = (whole.teacher_logprobs - whole.old_logprobs).double()
+    expected = KD * (ratios.square() / 2)[part.taught].sum() / whole.mask.sum()
+    assert other["loss/kd"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert other["loss/policy"].item() == pytest.approx(losses["loss/policy"].item(), rel=1e-9)
+    assert metrics["kd/k1"] == pytest.approx(-ratios[part.taught].mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("arm", ["kdrl", "kd", "k3", "pre", "post", "mean", "response_kept"])
+def test_a_teacher_that_never_writes_the_end_moves_no_arm_that_knows_it(arm):
+    class Endless(LlamaForCausalLM):
+        def forward(self, *args, **options):
+            output = super().forward(*args, **options)
+            output.logits[..., END] -= 200.0
+            return output
+
+    run = make()
+    run.teacher.__class__ = Endless
+    rollout, losses, metrics = on_first_step(run, arm, (9,))
+    assert rollout.teacher_logprobs.min() > -50
+    assert max(value.abs().item() for name, value in losses.items() if name.startswith("loss")) < 50
+    assert max(map(abs, metrics.values())) < 50
+    assert on_first_step(run, "grpo", None)[0].teacher_logprobs.min() < -150
+
+
+def test_a_teacher_in_training_mode_scores_as_in_evaluation_mode_and_stays_in_it():
+    config = LlamaConfig(**decoder(1).config.to_diff_dict() | {"attention_dropout": 0.5})
+    config._attn_implementation = "eager"
+    run = make()
+    noisy = LlamaForCausalLM(config).double()
+    noisy.load_state_dict(run.teacher.state_dict())
+    expected = run.roll(problems(1)[0], 0)
+    received = dataclasses.replace(run, teacher=noisy.train()).roll(problems(1)[0], 0)
+    torch.testing.assert_close(received.teacher_logprobs, expected.teacher_logprobs)
+    assert all(module.training for module in noisy.modules())
+    rows = torch.arange(len(received.completions))
+    logits = dataclasses.replace(run, teacher=noisy).score(received, rows).teacher_logits()
+    torch.testing.assert_close(logits, run.score(expected, rows).teacher_logits())

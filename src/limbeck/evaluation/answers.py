@@ -3,6 +3,7 @@
 `answer_states` is teacher forcing on the right answer; `predictions` is rank classification: the answer with the
 largest sum of token log-probabilities, over the whole vocabulary, wins. Both read the model at answer positions only,
 and only there the head is computed, since a vocabulary of 50,000 words costs more than the layers of a small model.
+Whether that gives the model's own logits is tried once per model; where it does not, `predictions` reads whole rows.
 """
 
 import contextlib
@@ -68,7 +69,12 @@ def _require_distinct(choices: Sequence[Tokens], texts: Sequence[str]) -> None:
 
 
 def answer_states(model: PreTrainedModel, questions: Sequence[Question]) -> Float[Tensor, "question time width"]:
-    """The states from which the model's head predicts each token of the right answers."""
+    """The states from which the model's head predicts each token of the right answers.
+
+    Raises ValueError for a model whose logits are not its head's on these states.
+    """
+    if not _head_is_last(model, questions[0]):
+        raise ValueError(f"received a {type(model).__name__}, expected a model whose logits are its head's")
     owners = torch.arange(len(questions), device=model.device)
     return _states(model, [q.prompt for q in questions], owners, [q.right[:-1] for q in questions])
 
@@ -86,12 +92,13 @@ def predictions(model: PreTrainedModel, questions: Sequence[Question], dtype: to
     """The index of the answer with the largest sum of token log-probabilities; of equals, the first.
 
     A prompt is read once, and every distinct beginning of its answers once after it.
+    Raises ValueError for logits with NaN.
     """
     best = torch.empty(len(questions), dtype=torch.long)
-    for rows in _batches(questions):
-        with models.autocast(model.device, dtype):
+    with models.evaluating(model), models.autocast(model.device, dtype):
+        for rows in _batches(questions):
             scores = _scores(model, [questions[row] for row in rows])
-        best[rows] = torch.tensor([score.index(max(score)) for score in scores])
+            best[rows] = torch.stack([models.likeliest(torch.tensor(score)) for score in scores])
     return best
 
 
@@ -103,7 +110,7 @@ def all_states(
     longest = max(len(question.right) for question in questions)
     padded_states = torch.zeros(len(questions), longest, head(model).in_features)
     for rows in _batches(questions):
-        with models.autocast(model.device, dtype):
+        with models.evaluating(model), models.autocast(model.device, dtype):
             states = answer_states(model, [questions[row] for row in rows])
         padded_states[rows, : states.shape[1]] = states.float().cpu()
     return padded_states
@@ -124,9 +131,11 @@ def _scores(model: PreTrainedModel, questions: Sequence[Question]) -> list[list[
     ]
     beginnings = {key: place for place, key in enumerate(dict.fromkeys(key for key, _ in steps))}
     owners = torch.tensor([row for row, _ in beginnings], device=model.device)
-    states = _states(model, [q.prompt for q in questions], owners, [tokens for _, tokens in beginnings])
+    read = ([q.prompt for q in questions], owners, [tokens for _, tokens in beginnings])
     last = torch.tensor([len(tokens) for _, tokens in beginnings])
-    logits = head(model)(states[torch.arange(len(last)), last]).float()
+    ends = (torch.arange(len(last)), last)
+    shortcut = _head_is_last(model, questions[0])
+    logits = (head(model)(_states(model, *read)[ends]) if shortcut else _own_logits(model, *read)[ends]).float()
     places, tokens = (list(x) for x in zip(*((beginnings[key], token) for key, token in steps), strict=True))
     values = iter((logits[places, tokens] - logits.logsumexp(-1)[places]).tolist())
     return [[sum(next(values) for _ in choice) for choice in question.choices] for question in questions]
@@ -135,6 +144,45 @@ def _scores(model: PreTrainedModel, questions: Sequence[Question]) -> list[list[
 def head(model: PreTrainedModel) -> nn.Module:
     """The map from states to logits over the vocabulary."""
     return model.get_output_embeddings()
+
+
+def _head_is_last(model: PreTrainedModel, question: Question) -> bool:
+    """Whether the head on `_states` gives the model's logits, up to the square root of the weights' rounding."""
+    prompts, tail = [question.prompt[-3:], question.prompt[-1:]], question.right[:1]
+    read = (prompts, torch.arange(2, device=model.device), [tail, tail])
+    with models.autocast(model.device, torch.float32):
+        return models.agrees(
+            model,
+            "answers",
+            lambda: head(model)(_states(model, *read)),
+            lambda: _own_logits(model, *read),
+            tolerance=torch.finfo(model.dtype).eps ** 0.5,
+        )
+
+
+def _own_logits(
+    model: PreTrainedModel, prompts: Sequence[Tokens], owners: Int[Tensor, " tail"], tails: Sequence[Tokens]
+) -> Float[Tensor, "tail time vocab"]:
+    """What the model's own forward says where `_states` would be read, by whole rows without a cache."""
+    if model.config.is_encoder_decoder:
+        return _decoded(model, prompts, owners, tails)
+    rows = [(*prompts[owner], *tail) for owner, tail in zip(owners.tolist(), tails, strict=True)]
+    ids, mask = _padded(rows, model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    starts = torch.tensor([len(prompts[owner]) - 1 for owner in owners.tolist()], device=model.device)
+    columns = starts[:, None] + torch.arange(1 + max(map(len, tails)), device=model.device)
+    return logits.gather(1, columns.clamp_max(ids.shape[1] - 1)[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+def _decoded(
+    model: PreTrainedModel, prompts: Sequence[Tokens], owners: Int[Tensor, " tail"], tails: Sequence[Tokens]
+) -> Tensor:
+    """What an encoder-decoder says after its start and after each token of a tail; a prompt is encoded once."""
+    ids, mask = _padded(prompts, model.device)
+    encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    ids, _ = _padded([(model.config.decoder_start_token_id, *tail) for tail in tails], model.device)
+    inputs = {"encoder_outputs": BaseModelOutput(encoded[owners]), "decoder_input_ids": ids, "use_cache": False}
+    return model(attention_mask=mask[owners], **inputs).logits
 
 
 def _states(
@@ -147,11 +195,7 @@ def _states(
     """
     with _without_head(model):
         if model.config.is_encoder_decoder:
-            ids, mask = _padded(prompts, model.device)
-            encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-            ids, _ = _padded([(model.config.decoder_start_token_id, *tail) for tail in tails], model.device)
-            inputs = {"encoder_outputs": BaseModelOutput(encoded[owners]), "decoder_input_ids": ids, "use_cache": False}
-            return model(attention_mask=mask[owners], **inputs).logits
+            return _decoded(model, prompts, owners, tails)
         ids, mask = _padded(prompts, model.device, left=True)
         inputs = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
         positions = (mask.cumsum(1) - 1).clamp_min(0)

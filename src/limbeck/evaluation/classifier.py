@@ -35,7 +35,8 @@ def forward(
 def all_rows(model: PreTrainedModel, data: Encoded, dtype: torch.dtype, *, states: bool = False) -> Outputs:
     """The outputs of every row, on the CPU; batches are of like length, so that little is padding."""
     order = torch.argsort(data.lengths, stable=True)
-    outputs = [forward(model, data, rows, dtype, states=states) for rows in torch.split(order, _BATCH)]
+    with models.evaluating(model):
+        outputs = [forward(model, data, rows, dtype, states=states) for rows in torch.split(order, _BATCH)]
     back = torch.argsort(order)
     logits = torch.cat([part.logits.cpu() for part in outputs])[back]
     return Outputs(logits, torch.cat([part.states.cpu() for part in outputs], 1)[:, back] if states else None)
@@ -43,7 +44,7 @@ def all_rows(model: PreTrainedModel, data: Encoded, dtype: torch.dtype, *, state
 
 def accuracy(class_logits: Float[Tensor, "row classes"], labels: Int[Tensor, " row"]) -> float:
     """The share of rows whose largest logit is the label's, in [0, 1]."""
-    return (class_logits.argmax(-1) == labels).double().mean().item()
+    return (models.likeliest(class_logits) == labels).double().mean().item()
 
 
 def score(metric: str, class_logits: Float[Tensor, "row classes"], labels: Int[Tensor, " row"]) -> float:
@@ -55,4 +56,4 @@ def score(metric: str, class_logits: Float[Tensor, "row classes"], labels: Int[T
     scores = {"matthews": matthews_corrcoef, "f1": f1_score}
     if metric not in scores:
         raise ValueError(f"received metric {metric!r}, expected accuracy or one of {sorted(scores)}")
-    return float(scores[metric](labels.numpy(), class_logits.argmax(-1).numpy()))
+    return float(scores[metric](labels.numpy(), models.likeliest(class_logits).numpy()))

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import jinja2
 import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import WordLevel
@@ -21,8 +22,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -33,6 +36,7 @@ from transformers import (
 from limbeck import assets, paths, seeding
 
 END = "[EOS]"
+_MARK = "MARK"
 _QUANTISED = ("smollm2",)
 _SHAPE = re.compile(r"(llama|t5)-(\d+)x(\d+)")
 _HEAD_WIDTH, _INNER = 16, 4  # of the untrained ones: width of a head, and of the feed-forward part in widths
@@ -49,6 +53,60 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     trainer = trainers.WordLevelTrainer(min_frequency=2, special_tokens=list(special.values()), show_progress=False)
     words.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def end_tokens(
+    tokenizer: PreTrainedTokenizerBase, *configs: PretrainedConfig | GenerationConfig | None
+) -> tuple[int, ...]:
+    """Every token that ends a completion: the tokenizer's, those of the configs, that of a turn in the chat template.
+
+    The tokenizer's own is first; `model.config` and `model.generation_config` are a model's.
+    Raises ValueError where nobody knows one.
+    """
+    known = [getattr(owner, "eos_token_id", None) for owner in (tokenizer, *configs)] + [turn_end(tokenizer)]
+    tokens = [token for each in known for token in (each if isinstance(each, list) else [each]) if token is not None]
+    if not tokens:
+        raise ValueError("received no end token from tokenizer, configs or chat template, expected tokenizer.eos_token")
+    return tuple(dict.fromkeys(tokens))
+
+
+def solution_end(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> int:
+    """The token that ends a text to learn from: that of a turn if `chat`, or else the tokenizer's.
+
+    Raises ValueError for a tokenizer without one.
+    """
+    token = turn_end(tokenizer) if chat else None
+    token = tokenizer.eos_token_id if token is None else token
+    if token is None:
+        raise ValueError(f"received a {type(tokenizer).__name__} without eos_token, expected one: it ends a text")
+    return token
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template ends an assistant's turn, if there is one."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except jinja2.TemplateError:  # it takes no such turns
+        return None
+    _, mark, rest = text.rpartition(_MARK)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = (special | {*tokenizer.all_special_ids}) - {tokenizer.unk_token_id}
+    tokens = tokenizer(rest, add_special_tokens=False)["input_ids"] if mark else []
+    return next((token for token in tokens if token in special), None)
+
+
+def generation_configs(name: str) -> list[PretrainedConfig | GenerationConfig]:
+    """The configs of a named model that may know how its texts end; none of a shape."""
+    if _SHAPE.fullmatch(name):
+        return []
+    source = _source(name)
+    try:
+        return [AutoConfig.from_pretrained(source), GenerationConfig.from_pretrained(source)]
+    except OSError:  # a folder without one for generation
+        return [AutoConfig.from_pretrained(source)]
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:

@@ -119,7 +119,7 @@ def _step_objective(
     weights = policy.token_weights(rollout.mask)
     advantages = _advantages(method, coef, rollout)
     keep = kdrl.kd_mask(rollout.correct, method.level).flatten()
-    teacher_weights = kdrl.kd_weights(rollout.mask, keep, denominator=method.denominator)
+    teacher_weights = _teacher_weights(method, rollout, keep)
     text_weights = _text_weights(method, rollout)
 
     def terms(scores: Scores) -> Terms:
@@ -140,10 +140,17 @@ def _step_objective(
         measures = {}
         if rollout.teacher_logprobs is not None and measured:
             exact = scores.restored(divergence.reverse_kl_per_token(scores.logits, scores.teacher_logits()))
-            measures = {"policy/reverse_kl": policy.weighted_sum(exact.detach(), weights[rows])}
+            shares = weights[rows] * rollout.taught[rows]
+            measures = {"policy/reverse_kl": policy.weighted_sum(exact.detach(), shares)}
         return {f"loss/{name}": term for name, term in losses.items()} | measures | entropy
 
     return terms, _teacher_metrics(method, coef, rollout, keep, advantages)
+
+
+def _teacher_weights(method: Arm, rollout: Rollout, keep: Tensor) -> Tensor:
+    """How much the teacher's term of each token weighs."""
+    weights = kdrl.kd_weights(rollout.mask, keep, denominator=method.denominator)
+    return weights if rollout.teacher_mask is None else weights * rollout.teacher_mask
 
 
 def _text_weights(method: Arm, rollout: Rollout) -> Tensor | None:
@@ -197,8 +204,10 @@ def _teacher_metrics(method: Arm, coef: float, rollout: Rollout, keep: Tensor, a
     """
     if rollout.teacher_logprobs is None:
         return {}
-    mask = rollout.mask
+    mask = rollout.taught
     ratios = (rollout.teacher_logprobs - rollout.old_logprobs)[mask].double()
+    if not len(ratios):
+        return {"kd/coefficient": coef, "kd/kept": keep.double().mean().item()}
     sizes = ratios.abs()
     high = np.quantile(sizes.cpu().numpy(), (0.95, 0.99))
     metrics = {
@@ -211,7 +220,7 @@ def _teacher_metrics(method: Arm, coef: float, rollout: Rollout, keep: Tensor, a
     }
     if method.reward and method.kd == "k2":
         each = advantages[:, None].expand_as(mask)[mask].double()
-        teacher_weights = kdrl.kd_weights(mask, keep, denominator=method.denominator)[mask]
-        together = policy.token_weights(mask)[mask] * each + coef * teacher_weights * ratios
+        teacher_weights = _teacher_weights(method, rollout, keep)[mask]
+        together = policy.token_weights(rollout.mask)[mask] * each + coef * teacher_weights * ratios
         metrics["kd/flipped"] = (each * together < 0).double().mean().item()
     return metrics

@@ -99,6 +99,12 @@ class Rollout:
     rewards: Float[Tensor, "prompt group"]
     correct: Bool[Tensor, "prompt group"]
     teacher_logprobs: Float[Tensor, "batch time"] | None = None
+    teacher_mask: Bool[Tensor, "batch time"] | None = None
+
+    @property
+    def taught(self) -> Bool[Tensor, "batch time"]:
+        """The mask of the tokens in which a teacher has a say."""
+        return self.mask if self.teacher_mask is None else self.teacher_mask
 
     @property
     def metrics(self) -> Metrics:
@@ -135,7 +141,7 @@ def merged(parts: Sequence[Rollout]) -> Rollout:
         wide("mask"),
         wide("old_logprobs"),
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("ended", "rewards", "correct")),
-        None if parts[0].teacher_logprobs is None else wide("teacher_logprobs"),
+        *(None if getattr(parts[0], name) is None else wide(name) for name in ("teacher_logprobs", "teacher_mask")),
     )
 
 
@@ -190,7 +196,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """A policy in training, who samples for it, who judges, and who teaches."""
+    """A policy in training, who samples for it, who judges, and who teaches.
+
+    `teacher_ends` are the tokens with which the teacher ends a text (`language.end_tokens`), where they may be others
+    than the policy's: it has no say in an end that is none of its own, and would else teach never to end.
+    """
 
     policy: Decoder
     sampler: Sampler
@@ -198,6 +208,7 @@ class Run:
     teacher: Decoder | None
     settings: Settings
     dtype: torch.dtype = torch.float32
+    teacher_ends: Tokens | None = None
 
     def score(self, rollout: Rollout, rows: Tensor) -> Scores:
         """What policy and teacher say of some rows, at the sampling temperature."""
@@ -213,7 +224,8 @@ class Run:
         def teacher_logits() -> Tensor:
             if self.teacher is None:
                 raise ValueError("received no teacher, expected one: a term reads its logits")
-            return logits_of(self.teacher)[0]
+            with models.evaluating(self.teacher):
+                return logits_of(self.teacher)[0]
 
         logits, mask = logits_of(self.policy)
         wider = (0, rollout.mask.shape[1] - mask.shape[1])
@@ -240,18 +252,24 @@ class Run:
         rewards, correct = (torch.tensor(x).unflatten(0, (-1, size)) for x in zip(*verdicts, strict=True))
         repeated = [prompt for prompt in prompts for _ in range(size)]
         rollout = Rollout(repeated, rows, sampled.mask, sampled.logprobs, sampled.ended, rewards.float(), correct)
-        return (
-            rollout
-            if self.teacher is None
-            else dataclasses.replace(rollout, teacher_logprobs=self._teacher_logprobs(rollout))
-        )
+        if self.teacher is None:
+            return rollout
+        rollout = dataclasses.replace(rollout, teacher_logprobs=self._teacher_logprobs(rollout))
+        if self.teacher_ends is None:
+            return rollout
+        mask = rollout.mask.clone()
+        for row, tokens in enumerate(rows):
+            mask[row, len(tokens) - 1] &= not rollout.ended[row] or tokens[-1] in self.teacher_ends
+        logprobs = torch.where(mask, rollout.teacher_logprobs, rollout.old_logprobs)
+        return dataclasses.replace(rollout, teacher_logprobs=logprobs, teacher_mask=mask)
 
     @torch.no_grad()
     def _teacher_logprobs(self, rollout: Rollout) -> Tensor:
         """The teacher's log-probability of every token."""
         scorer, logprobs = dataclasses.replace(self, policy=self.teacher), torch.zeros_like(rollout.old_logprobs)
-        for rows in micro_batches(rollout, range(len(rollout.completions)), self.settings.micro_tokens):
-            logprobs[rows] = scorer.score(rollout, rows).logprobs
+        with models.evaluating(self.teacher):
+            for rows in micro_batches(rollout, range(len(rollout.completions)), self.settings.micro_tokens):
+                logprobs[rows] = scorer.score(rollout, rows).logprobs
         return logprobs
 
 
@@ -266,13 +284,16 @@ def _judged(verify: Callable[[Problem, Tokens], Verdict], problem: Problem, toke
 
 
 def require_one_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless two tokenizers give every token, and every special token, the same number."""
+    """Raise ValueError unless two tokenizers give every token the same number, and begin and pad with the same.
+
+    What they end with may differ: that is what `Run.teacher_ends` is for.
+    """
     one, other = student.get_vocab(), teacher.get_vocab()
     if one != other:
         token = min(set(one.items()) ^ set(other.items()))[0]
         numbers = f"{token!r} is {one.get(token)} for the student and {other.get(token)} for the teacher"
         raise ValueError(f"received vocabularies of {len(one)} and {len(other)} tokens, expected equal ones; {numbers}")
-    for name in ("eos_token", "bos_token", "pad_token"):
+    for name in ("bos_token", "pad_token"):
         left, right = getattr(student, name), getattr(teacher, name)
         if left != right:
             raise ValueError(f"received {name} {left!r} for the student and {right!r} for the teacher, expected one")

@@ -25,6 +25,7 @@ from limbeck.experiments.kdrl import starting_models
 from limbeck.experiments.kdrl.problems import Chains, Problems
 from limbeck.experiments.runs import Cell, Result, Workspace
 from limbeck.params import flat, one_of, positive
+from limbeck.sampling import Tokens
 from limbeck.training import grpo, objectives, rollouts
 from limbeck.training.grpo import Curve, Objective
 from limbeck.training.rollouts import Problem
@@ -114,6 +115,7 @@ def train(
     *,
     objective: Callable[..., Objective],
     workspace: Workspace,
+    teacher_ends: Tokens | None = None,
 ) -> Steps:
     """Train the student by the arm at these coordinates; in a final cell, then score it on the test splits.
 
@@ -125,7 +127,7 @@ def train(
     sampler = problems.sampler(student if method.texts == "own" else teacher, dtype)
     scorer = teacher if method.asks_teacher else None
     settings = loop.settings(longest=problems.params.longest, seed=seed)
-    run = rollouts.Run(student, sampler, problems.verifier(), scorer, settings, dtype)
+    run = rollouts.Run(student, sampler, problems.verifier(), scorer, settings, dtype, teacher_ends)
     minimised = objective(method, steps=loop.steps, switch=switch, measure_every=loop.measure_every)
 
     def measure() -> dict[str, float]:

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck.models import language
 from limbeck.params import one_of, positive
-from limbeck.sampling import Sampled, Sampler, Tokens, VllmSampled
+from limbeck.sampling import Sampled, Sampler, Tokens
 from limbeck.tasks import chain_sum, classification, gsm_symbolic, mathematics
 from limbeck.tasks.chain_sum import Family
 from limbeck.tasks.isolated import Isolated
 from limbeck.training.rollouts import Problem, Verdict
+from limbeck.vllm_sampling import VllmSampled
 
 Example = chain_sum.Example | gsm_symbolic.Example | mathematics.Example
 Judge = Callable[[Example, str], float]
@@ -106,7 +107,8 @@ class WordParams:
 class Problems:
     """Examples in splits, and how a model meets them. `tests` are test splits by what their metrics' names begin with.
 
-    So many prompts as `together` says, all where it is None, are sampled at once when the `reported` scores are taken.
+    `end` ends a solution, a token of `ends` a completion. So many prompts as `together` says, all where it is None, are
+    sampled at once when the `reported` scores are taken.
     """
 
     reported: tuple[str, ...] = ("accuracy", "length", "ended")
@@ -118,11 +120,8 @@ class Problems:
 
     def __init__(self, params: ChainParams | WordParams, tokenizer: PreTrainedTokenizerBase, judge: Judge) -> None:
         self.params, self.tokenizer, self.judge = params, tokenizer, judge
-
-    @property
-    def end(self) -> int:
-        """The token that ends a completion."""
-        return self.tokenizer.eos_token_id
+        self.end: int = tokenizer.eos_token_id
+        self.ends: Tokens = (self.end,)
 
     def name(self, example: Example) -> str:
         """The text that tells an example from all others: it names the stream of random numbers of its samples."""
@@ -138,8 +137,9 @@ class Problems:
 
     def score(self, example: Example, completion: Tokens) -> float:
         """The reward of a completion that ended, else 0; raises where it cannot be judged."""
-        ended = completion[-1] == self.end
-        return self.judge(example, self.tokenizer.decode(completion, skip_special_tokens=True)) if ended else 0.0
+        if not completion or completion[-1] not in self.ends:
+            return 0.0
+        return self.judge(example, self.tokenizer.decode(completion[:-1], skip_special_tokens=True))
 
     def verifier(self) -> Callable[[Problem, Tokens], Verdict]:
         """What judges completions of training problems."""
@@ -153,7 +153,7 @@ class Problems:
 
     def sampler(self, model: PreTrainedModel, dtype: torch.dtype, temperature: float | None = None) -> Sampler:
         """Who samples from a model, at the problems' own temperature if there is no other."""
-        return Sampled(model, self.end, temperature or self.temperature, dtype)
+        return Sampled(model, self.ends, temperature or self.temperature, dtype)
 
     def measure(
         self,
@@ -252,6 +252,8 @@ class WordProblems(Problems):
         self.solution = TASKS.get(params.task, mathematics).solution
         self.texts = [text for e in self.teacher_train + self.train for text in (e.question, self.solution(e))]
         super().__init__(params, language.load_tokenizer(model, self.texts), judge)
+        self.end = language.solution_end(self.tokenizer, chat=params.chat)
+        self.ends = language.end_tokens(self.tokenizer, *language.generation_configs(model))
         self.tests, self.temperature, self.together = {"test": test}, params.temperature, together
         if params.chat and self.tokenizer.chat_template is None:
             raise ValueError(f"received chat: true, expected a chat template with the tokenizer of {model}")
@@ -259,7 +261,7 @@ class WordProblems(Problems):
     def sampler(self, model: PreTrainedModel, dtype: torch.dtype, temperature: float | None = None) -> Sampler:
         """Who samples from a model: vllm where the parameters say so."""
         if self.params.sampler == "vllm":
-            return VllmSampled(model, self.end, temperature or self.temperature)
+            return VllmSampled(model, self.ends, temperature or self.temperature)
         return super().sampler(model, dtype, temperature)
 
     def prompt(self, example: Example) -> Tokens:

@@ -20,6 +20,7 @@ from limbeck.experiments.kdrl.problems import WordParams, WordProblems, word_jud
 from limbeck.experiments.runs import Cell, Workspace
 from limbeck.models import language
 from limbeck.params import flat, positive
+from limbeck.sampling import Tokens
 from limbeck.training import imitation, objectives, rollouts
 
 FURTHER = "further"
@@ -89,9 +90,24 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> Steps:
         objective = functools.partial(objectives.objective, kd_coef=params.kd_coef)
         return (
             yield from train(
-                cell.coordinates, student, teacher, problems, params.loop, objective=objective, workspace=workspace
+                cell.coordinates,
+                student,
+                teacher,
+                problems,
+                params.loop,
+                objective=objective,
+                workspace=workspace,
+                teacher_ends=_teacher_ends(params, problems),
             )
         )
+
+
+def _teacher_ends(params: Params, problems: WordProblems) -> Tokens:
+    """The tokens with which the teacher ends a text."""
+    if params.teacher == FURTHER:
+        return problems.ends
+    tokenizer = language.load_tokenizer(params.teacher, problems.texts)
+    return language.end_tokens(tokenizer, *language.generation_configs(params.teacher))
 
 
 def _train_teacher(params: Params, problems: WordProblems, workspace: Workspace) -> Steps:

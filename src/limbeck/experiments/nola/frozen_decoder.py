@@ -86,7 +86,7 @@ class Data:
 
     def pair(self, meaning: Meaning, text: str) -> Pair:
         """A meaning and a text of it in tokens."""
-        target = (*self.tokens(f" {text}"), self.tokenizer.eos_token_id)
+        target = (*self.tokens(f" {text}"), language.solution_end(self.tokenizer, chat=False))
         return Pair(self.prompt(meaning), target[: self.settings.longest])
 
     @functools.cached_property
@@ -202,9 +202,10 @@ class FrozenDecoder:
     def sentences(self, model: Model, asked: Sequence[Meaning], beams: int) -> list[str]:
         """What the whole model says for each meaning: the best of some beams; with 1, each time the likeliest token."""
         prompts, tokenizer = [self.data.prompt(meaning) for meaning in asked], self.data.tokenizer
-        end, longest, dtype = tokenizer.eos_token_id, self.settings.longest, self.workspace.dtype
+        own, longest, dtype = texts.base(model), self.settings.longest, self.workspace.dtype
+        ends = language.end_tokens(tokenizer, own.config, own.generation_config)
         complete = functools.partial(texts.beam_completions, beams=beams) if beams > 1 else texts.greedy_completions
-        completions = complete(model, prompts, end=end, longest=longest, dtype=dtype)
+        completions = complete(model, prompts, ends=ends, longest=longest, dtype=dtype)
         return [tokenizer.decode(tokens).strip() for tokens in completions]
 
     def test_scores(self, model: Model, beams: int) -> dict[str, float]:

@@ -167,7 +167,8 @@ class Data:
 
     def pair(self, asked: Asked) -> Pair:
         """An instruction and its answer, which ends in the end token unless it is cut."""
-        target = (*self.answer(asked.text, plain=False), self.tokenizer.eos_token_id)
+        end = language.solution_end(self.tokenizer, chat=self.asking.chat)
+        target = (*self.answer(asked.text, plain=False), end)
         return Pair(self.prompt(asked.instruction, plain=False), target[: self.settings.longest])
 
     @functools.cached_property
@@ -227,7 +228,7 @@ class InstructionDecoder(FrozenDecoder):
                 "accuracy": [x.mean() for x in mine],
                 "accuracy_of_sums": [x.sum() for x in mine],
             }.items():
-                right[name] += int(torch.stack(values).argmax()) == question.answer
+                right[name] += int(models.likeliest(torch.stack(values))) == question.answer
         return {f"test/{name}": count / len(questions) for name, count in right.items()}
 
 

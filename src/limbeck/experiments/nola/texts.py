@@ -7,6 +7,7 @@ and its kin, and refused for others.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -73,10 +74,13 @@ def target_logits(model: Model, texts: Texts) -> tuple[Tensor, Tensor]:
     """The logits at each token of the targets, one text after another, and the tokens.
 
     Padding is on the right, where no token of a text sees it, so there is no mask.
+    Raises ValueError for a model that changes its logits after the head.
     """
     inner = _inner(model)
+    ids, _ = sampling.padded([pair.read for pair in texts.pairs], model.device)
+    if not sampling.head_is_last(model, ids):
+        raise ValueError(f"received a {type(base(model)).__name__}, expected a model whose logits are its head's")
     if texts.below is None:
-        ids, _ = sampling.padded([pair.read for pair in texts.pairs], model.device)
         hidden = inner(input_ids=ids, use_cache=False).last_hidden_state
     else:
         above = _view(inner, slice(-texts.layers, None), last=True)
@@ -101,8 +105,9 @@ def loss_of(model: Model, texts: Texts, dtype: torch.dtype, *, smoothing: float 
 def mean_loss(model: Model, texts: Texts, dtype: torch.dtype) -> float:
     """The mean of -log p over all targets' tokens, in nats."""
     loss, total = loss_of(model, texts, dtype), 0.0
-    for rows in by_length(texts.pairs):
-        total += loss(torch.tensor(rows))["loss/ce"].item() * sum(len(texts.pairs[row].target) for row in rows)
+    with models.evaluating(model):
+        for rows in by_length(texts.pairs):
+            total += loss(torch.tensor(rows))["loss/ce"].item() * sum(len(texts.pairs[row].target) for row in rows)
     return total / sum(len(pair.target) for pair in texts.pairs)
 
 
@@ -114,21 +119,21 @@ def by_length(pairs: Sequence[Pair]) -> list[list[int]]:
 
 @torch.no_grad()
 def greedy_completions(
-    model: Model, prompts: Sequence[Tokens], *, end: int, longest: int, dtype: torch.dtype
+    model: Model, prompts: Sequence[Tokens], *, ends: Tokens, longest: int, dtype: torch.dtype
 ) -> list[tuple[int, ...]]:
-    """The most probable token at each step after each prompt, until `end`, which is left out, or `longest` tokens.
+    """The most probable token at each step after each prompt, until one of `ends`, left out, or `longest` tokens.
 
     An adapter is not merged: it is built once, and costs two thin products per layer.
     """
     completions: list[list[int]] = [[] for _ in prompts]
     alive, cache = list(range(len(prompts))), DynamicCache(config=model.config)
     ids, seen = sampling.padded(prompts, model.device, left=True)
-    positions = (seen.cumsum(1) - 1).clamp_min(0)
+    positions, last = (seen.cumsum(1) - 1).clamp_min(0), torch.tensor(ends, device=model.device)
     for _ in range(longest):
         inputs = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
         with models.autocast(model.device, dtype):
-            chosen = model(input_ids=ids, **inputs).logits[:, -1].argmax(-1)
-        going = (chosen != end).nonzero()[:, 0]
+            chosen = models.likeliest(model(input_ids=ids, **inputs).logits[:, -1])
+        going = (chosen[:, None] != last).all(1).nonzero()[:, 0]
         alive = [alive[index] for index in going.tolist()]
         for row, token in zip(alive, chosen[going].tolist(), strict=True):
             completions[row].append(token)
@@ -142,20 +147,20 @@ def greedy_completions(
 
 @torch.no_grad()
 def beam_completions(
-    model: Model, prompts: Sequence[Tokens], *, end: int, longest: int, dtype: torch.dtype, beams: int
+    model: Model, prompts: Sequence[Tokens], *, ends: Tokens, longest: int, dtype: torch.dtype, beams: int
 ) -> list[tuple[int, ...]]:
     """The same by the beam search of transformers: of the finished texts that with the largest log p / length^0.8.
 
     No four tokens occur twice in a row, the prompt's among them. Both numbers are of LoRA's release for GPT-2.
     """
     options = {"num_beams": beams, "length_penalty": 0.8, "no_repeat_ngram_size": 4, "max_new_tokens": longest}
-    options |= {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": end, "pad_token_id": end}
+    options |= {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": list(ends), "pad_token_id": ends[0]}
     completions: list[tuple[int, ...]] = []
     for start in range(0, len(prompts), _ROWS):
         ids, seen = sampling.padded(prompts[start : start + _ROWS], model.device, left=True)
         with models.autocast(model.device, dtype):
             texts = model.generate(input_ids=ids, attention_mask=seen, **options)[:, ids.shape[1] :].tolist()
-        completions += [tuple(text[: text.index(end)] if end in text else text) for text in texts]
+        completions += [tuple(itertools.takewhile(lambda token: token not in ends, text)) for text in texts]
     return completions
 
 

@@ -113,7 +113,7 @@ def tokenizer_and_splits(section: Params, *, ends: bool) -> tuple[PreTrainedToke
     parts = prompted.splits(section.data, section.texts.split_sizes, seed=section.texts.split_seed)
     words = (text for example in parts[0] for text in (example.prompt, *example.choices))
     tokenizer = language.load_tokenizer(section.teacher, words)
-    end = (tokenizer.eos_token_id,) if ends else ()
+    end = (language.solution_end(tokenizer, chat=False),) if ends else ()
     encoded = [answers.encode(part, tokenizer, longest=section.texts.longest, end=end) for part in parts]
     return tokenizer, dict(zip(SPLITS, encoded, strict=True))
 
