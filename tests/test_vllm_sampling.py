@@ -6,6 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from limbeck import sampling, vllm_sampling
@@ -151,3 +152,17 @@ def test_what_cannot_be_sampled_is_refused(engines, monkeypatch):
     monkeypatch.delitem(sys.modules, "vllm")
     with pytest.raises(ValueError, match="received sampler vllm, expected it to be installed"):
         VllmSampled(drawn(0), END)
+
+
+def test_several_ends_and_an_empty_completion_are_taken(engines):
+    outputs = [SimpleNamespace(token_ids=[], logprobs=[], finish_reason="length")]
+    row = [{5: SimpleNamespace(logprob=-1.0)}, {4: SimpleNamespace(logprob=-2.0)}]
+    outputs.append(SimpleNamespace(token_ids=[5, 4], logprobs=row, finish_reason="stop"))
+    sampled = vllm_sampling._completions(outputs, torch.device("cpu"))
+    assert sampled.rows() == [(), (5, 4)]
+    assert (sampled.tokens.dtype, sampled.logprobs.dtype) == (torch.long, torch.float32)
+    assert sampled.logprobs.tolist() == [[0.0, 0.0], [-1.0, -2.0]]
+    draw(VllmSampled(drawn(0), [END]))
+    assert engines[0].asked[0][0].stop_token_ids == [END]
+    with pytest.raises(ValueError, match="received a PeftModel, whose weights the engine has no names for"):
+        VllmSampled(get_peft_model(drawn(0), LoraConfig(target_modules=["q_proj"])), END)

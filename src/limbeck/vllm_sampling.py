@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from limbeck import seeding
-from limbeck.sampling import Completions, Tokens, ends, require_room, require_temperature
+from limbeck.sampling import Completions, Decoder, Tokens, ends, require_room, require_temperature
 
 _MEMORY = 0.3  # share of the GPU for an engine: policy, teacher and optimiser lie beside it
 _COLDEST = 0.01  # vLLM samples no colder; 0 takes the most probable token
@@ -30,16 +31,18 @@ _engines: weakref.WeakKeyDictionary[PreTrainedModel, Any] = weakref.WeakKeyDicti
 class VllmSampled:
     """A `Sampler` for one model. A token of `end` ends a completion, and is part of it.
 
-    Raises ValueError where vllm is not installed, or for temperature <= 0.
+    Raises ValueError where vllm is not installed, for temperature <= 0, or a model with an adapter.
     """
 
-    model: PreTrainedModel
+    model: Decoder
     end: int | Sequence[int]
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
         ends(self.end)
         require_temperature(self.temperature)
+        if isinstance(self.model, PeftModel):
+            raise ValueError("received a PeftModel, whose weights the engine has no names for; expected it merged")
         if importlib.util.find_spec("vllm") is None:
             raise ValueError("received sampler vllm, expected it to be installed; `transformers` is the built-in one")
 
