@@ -84,9 +84,9 @@ def words(paper: str, experiment: str) -> set[str]:
 def everything() -> dict[str, dict[str, str]]:
     """The digests of every experiment and of every notebook of a paper, by paper."""
     digests = {}
-    for file in sorted(paths.PARAMS.glob("*.yaml")):
+    for file in paths.visible(paths.PARAMS, "*.yaml"):
         paper, folder = file.stem, paths.NOTEBOOKS / file.stem
-        hashes = {path.stem: of_notebook(path) for path in sorted(folder.glob("*.ipynb"))}
+        hashes = {path.stem: of_notebook(path) for path in paths.visible(folder, "*.ipynb")}
         digests[paper] = hashes | {f"{name}-train": of_experiment(paper, name) for name in experiments(paper)}
     return digests
 
@@ -229,7 +229,7 @@ def _quoted(form: NormalForm) -> Iterator[str]:
 def _files(root: Path) -> dict[str, Path]:
     """Files of the package that are no code, by name, such as the style of figures."""
     package = root / "src" / definitions.PACKAGE
-    return {path.name: path for path in package.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    return {path.name: path for path in paths.visible(package, "**/*.*") if path.suffix not in (".py", ".pyc")}
 
 
 def _file(name: str) -> str:

@@ -44,7 +44,7 @@ def exhibits(paper: str) -> dict[str, list[dict[str, Any]]]:
     """What was drawn of a paper: the exhibits in the order of its claims, each by profile, each claim with its role."""
     stated = {claim.id: claim for claim in claims.load(paper)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in dict.fromkeys(c.exhibit for c in stated.values())}
-    for file in (file for profile in PROFILES for file in sorted((paths.RESULTS / profile / paper).glob("*.json"))):
+    for file in (file for profile in PROFILES for file in paths.visible(paths.RESULTS / profile / paper, "*.json")):
         exhibit = json.loads(file.read_text(encoding="utf-8"))
         if unknown := [claim["id"] for claim in exhibit["claims"] if claim["id"] not in stated]:
             raise ValueError(f"{file}: expected claims of data/claims/{paper}.yaml, got {unknown}; draw it again")

@@ -116,7 +116,7 @@ def _dequantised(name: str) -> Path:
     """The folder with the float32 copy of an asset's GGUF; made where it is missing, whole or not at all."""
     target = paths.DATA / "processed" / f"{name}-{assets.checksum(name)[:8]}"
     if not target.is_dir():
-        (file,) = assets.path(name).glob("*.gguf")
+        (file,) = paths.visible(assets.path(name), "*.gguf")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as temporary:
             finished = Path(temporary, name)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from limbeck import assets
+from limbeck import assets, paths
 
 MNIST, DIGITS = "mnist", "digits"
 SIDE = 28
@@ -123,15 +123,20 @@ def _idx(folder: Path) -> Images:
 
 
 def _folder(folder: Path, side: int) -> Images:
-    """RGB pictures. Raises ValueError where there are none, or parts that have other classes."""
+    """RGB pictures, a class for each folder; what is hidden is no data.
+
+    Raises ValueError for a class without pictures, parts that have other classes, and what cannot be read.
+    """
     parts = [folder / name for name in ("train", "val") if (folder / name).is_dir()] or [folder]
-    names = [sorted(path.name for path in part.iterdir() if path.is_dir()) if part.is_dir() else [] for part in parts]
+    names = [[path.name for path in paths.visible(part) if path.is_dir()] for part in parts]
     if not names[0] or any(other != names[0] for other in names):
         raise ValueError(f"expected a folder a class in {', '.join(map(str, parts))}, the same in each; got {names}")
     pixels, labels, held = [], [], []
     for part_number, part in enumerate(parts):
         for label, name in enumerate(names[0]):
-            for file in sorted((part / name).iterdir()):
+            if not (files := paths.visible(part / name)):
+                raise ValueError(f"expected pictures in {part / name}, got none; delete the folder if it is no class")
+            for file in files:
                 pixels.append(_picture(file, side))
                 labels.append(label)
                 held.append(part_number > 0)
@@ -141,8 +146,13 @@ def _folder(folder: Path, side: int) -> Images:
 def _picture(file: Path, side: int) -> UInt8[Tensor, "3 side side"]:
     from PIL import Image  # noqa: PLC0415  (only needed here)
 
-    with Image.open(file) as picture:
-        whole = picture.convert("RGB")
+    try:
+        with Image.open(file) as picture:
+            whole = picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as PIL raises for broken ones
+        raise ValueError(
+            f"{file}: expected a picture, got what PIL cannot read ({error}); repair or delete it"
+        ) from None
     factor = side * _RESIZED / min(whole.size)
     width, height = (max(side, round(factor * length)) for length in whole.size)
     left, top = (width - side) // 2, (height - side) // 2

@@ -34,7 +34,7 @@ def summary(profile: str) -> dict[str, Any]:
     for paper in stages.papers():
         claims = yaml.safe_load((paths.DATA / "claims" / f"{paper}.yaml").read_text(encoding="utf-8"))
         roles = {claim["id"]: claim.get("role", "exploratory") for claim in claims}
-        exhibits = sorted((paths.RESULTS / profile / paper).glob("*.json"))
+        exhibits = paths.visible(paths.RESULTS / profile / paper, "*.json")
         decided = [claim for file in exhibits for claim in json.loads(file.read_text(encoding="utf-8"))["claims"]]
         main = [claim for claim in decided if roles.get(claim["id"]) == "main"]
         by_paper[paper] = {claim["id"]: {key: claim[key] for key in ("ours", "verdict")} for claim in main}

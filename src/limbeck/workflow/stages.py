@@ -33,12 +33,12 @@ def experiments(paper: str, profile: str) -> list[str]:
 
 def papers() -> list[str]:
     """The papers, by their train notebooks."""
-    return sorted(path.parent.name for path in paths.NOTEBOOKS.glob("*/train.ipynb"))
+    return [path.parent.name for path in paths.visible(paths.NOTEBOOKS, "*/train.ipynb")]
 
 
 def exhibits(paper: str, experiment: str) -> list[Path]:
     """The exhibit notebooks that read an experiment's records."""
-    notebooks = (path for path in sorted((paths.NOTEBOOKS / paper).glob("*.ipynb")) if path.stem != "train")
+    notebooks = (path for path in paths.visible(paths.NOTEBOOKS / paper, "*.ipynb") if path.stem != "train")
     return [path for path in notebooks if source(path) == experiment]
 
 
