@@ -2,6 +2,7 @@ import os
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from limbeck import assets, models, paths
 from limbeck.models import language
@@ -19,6 +20,14 @@ def test_the_words_of_a_shape_are_those_that_occur_twice(tokenizer):
     assert tokenizer.decode(tokenizer("BOOK a taxi")["input_ids"]) == "book a [UNK]"
     again = language.load_tokenizer("t5-1x16", iter(TEXTS))
     assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "ends")
+    assert language.load_tokenizer(str(tmp_path / "ends"), ()).eos_token == "[EOS]"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match=r"tokenizer of .*endless without an end token, expected one"):
+        language.load_tokenizer(str(tmp_path / "endless"), ())
 
 
 @pytest.mark.parametrize("name", ["llama-2x32", "t5-2x32"])
