@@ -68,9 +68,19 @@ def of_notebook(notebook: Path) -> str:
     return _digest([], [source, normal_form.of_text("limbeck", _MAGIC.sub("", source))])
 
 
+def read(notebook: Path) -> nbformat.NotebookNode:
+    """A notebook of version 4. Raises ValueError, with the path, for another file."""
+    try:
+        content = nbformat.read(notebook, as_version=4)
+        nbformat.validate(content)
+    except Exception as error:  # whatever a missing key leads to
+        raise ValueError(f"{notebook}: expected a notebook, got what is none: {error!r:.300}") from None
+    return content
+
+
 def cells(notebook: Path) -> list[str]:
     """The sources of the code cells that the runner runs: those tagged `try-it` it leaves out."""
-    content = nbformat.read(notebook, as_version=4)
+    content = read(notebook)
     run = (cell for cell in content.cells if "try-it" not in cell.metadata.get("tags", []))
     return [cell.source for cell in run if cell.cell_type == "code"]
 

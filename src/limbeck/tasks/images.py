@@ -6,6 +6,9 @@ have. Where a folder has the parts `train` and `val`, or IDX files `train` and `
 """
 
 import gzip
+import math
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,18 +111,33 @@ def _digits() -> Images:
 
 
 def _idx(folder: Path) -> Images:
-    """MNIST's files: a header of 16 bytes before the images, of 8 before the labels; packed or not."""
-
-    def read(name: str, header: int) -> np.ndarray:
-        unpacked = folder / name
-        content = unpacked.read_bytes() if unpacked.is_file() else gzip.decompress((folder / f"{name}.gz").read_bytes())
-        return np.frombuffer(content, dtype=np.uint8, offset=header)
-
-    parts = ("train", "t10k")
-    labels = [read(f"{part}-labels-idx1-ubyte", 8) for part in parts]
-    pixels = [read(f"{part}-images-idx3-ubyte", 16).reshape(-1, SIDE, SIDE) for part in parts]
+    """MNIST's files, packed or not. Raises ValueError for one that holds another number of images or labels."""
+    labels, pixels = [], []
+    for part in ("train", "t10k"):
+        pixels.append(_idx_file(folder / f"{part}-images-idx3-ubyte", 2051, SIDE, SIDE))
+        labels.append(_idx_file(folder / f"{part}-labels-idx1-ubyte", 2049))
+        if len(labels[-1]) != len(pixels[-1]):
+            raise ValueError(f"{folder}: received {len(pixels[-1])} images of {part} and {len(labels[-1])} labels")
     held = np.repeat([False, True], [len(part) for part in labels])
     return _images(np.concatenate(pixels), np.concatenate(labels), held)
+
+
+def _idx_file(unpacked: Path, kind: int, *sides: int) -> np.ndarray:
+    """Bytes after a header of `kind`, how many and their sides; no more is unpacked than the header claims."""
+    packed, words = unpacked.with_name(f"{unpacked.name}.gz"), 2 + len(sides)
+    try:
+        with unpacked.open("rb") if unpacked.is_file() else gzip.open(packed) as file:
+            header = struct.unpack(f">{words}I", file.read(4 * words))
+            size = header[1] * math.prod(sides)
+            content = bytearray()
+            while header[0] == kind and header[2:] == sides and len(content) <= size and (piece := file.read(2**20)):
+                content += piece
+    except (EOFError, OSError, struct.error, zlib.error) as error:
+        raise ValueError(f"{unpacked} or {packed.name}: expected IDX of kind {kind}, cannot read it: {error}") from None
+    if len(content) != size or not size:
+        expected = f"the header of kind {kind} with sides {sides}, and as many bytes as it says"
+        raise ValueError(f"{unpacked} or {packed.name}: expected {expected}, got {header} and {len(content)} or more")
+    return np.frombuffer(content, dtype=np.uint8).reshape(-1, *sides)
 
 
 def _folder(folder: Path, side: int) -> Images:

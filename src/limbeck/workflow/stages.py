@@ -15,7 +15,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
 from limbeck import assets, digests, params, paths, records
@@ -44,7 +43,7 @@ def exhibits(paper: str, experiment: str) -> list[Path]:
 
 def source(notebook: Path) -> str:
     """The experiment whose records an exhibit reads: the one that it names, else that of its own stem."""
-    match = _READS.search("\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells))
+    match = _READS.search("\n".join(cell.source for cell in digests.read(notebook).cells))
     return match[1] if match else notebook.stem
 
 
