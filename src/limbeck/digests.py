@@ -65,7 +65,10 @@ def of_notebook(notebook: Path) -> str:
     source = "\n".join(cells(notebook))
     if notebook.stem == "train":
         return hashlib.sha256(source.encode()).hexdigest()
-    return _digest([], [source, normal_form.of_text("limbeck", _MAGIC.sub("", source))])
+    try:
+        return _digest([], [source, normal_form.of_text("limbeck", _MAGIC.sub("", source))])
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{notebook}: expected cells of Python that name what there is, got others: {error}") from None
 
 
 def read(notebook: Path) -> nbformat.NotebookNode:

@@ -62,7 +62,10 @@ def load(paper: str) -> tuple[Claim, ...]:
     names = [entry["id"] for entry in entries]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"{path}: expected every id once, got {repeated} more often")
-    return tuple(Claim(**entry) for entry in entries)
+    try:
+        return tuple(Claim(**entry) for entry in entries)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+_SEAL = "sha256"
+
 
 def save(
     path: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, state: dict[str, Any]
@@ -69,9 +71,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    told = {**(metadata or {}), "file": _place(path)}
+    told, place = metadata or {}, _place(path)  # one key more: of several, safetensors writes an order that changes
     try:
-        save_file(plain, temporary, told | {"sha256": _checksum(plain, told)})
+        save_file(plain, temporary, told | {_SEAL: f"{_checksum(plain, told, place)} {place}"})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -105,11 +107,14 @@ def _read(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             told = dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"received {path}, which cannot be read ({error}), expected one whole; {remedy}") from error
-    checksum = told.pop("sha256", None)
-    if checksum is not None and checksum != _checksum(tensors, told):
-        raise ValueError(f"received {path} with another content than its checksum is of, expected one whole; {remedy}")
-    if told.get("file", _place(path)) != _place(path):
-        raise ValueError(f"received {path}, which was written as {told['file']}, expected its own content; {remedy}")
+    if seal := told.pop(_SEAL, ""):
+        checksum, _, place = seal.partition(" ")
+        if checksum != _checksum(tensors, told, place):
+            raise ValueError(
+                f"received {path} with another content than its checksum is of, expected it whole; {remedy}"
+            )
+        if place != _place(path):
+            raise ValueError(f"received {path}, which was written as {place}, expected its own content; {remedy}")
     return tensors, told
 
 
@@ -118,8 +123,8 @@ def _place(path: Path) -> str:
     return "/".join(path.absolute().parts[-2:]) if path.stem == "state" else path.name
 
 
-def _checksum(tensors: dict[str, Tensor], told: dict[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+def _checksum(tensors: dict[str, Tensor], told: dict[str, str], place: str) -> str:
+    digest = hashlib.sha256(json.dumps([place, told], sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
