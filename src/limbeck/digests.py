@@ -65,12 +65,25 @@ def of_notebook(notebook: Path) -> str:
     source = "\n".join(cells(notebook))
     if notebook.stem == "train":
         return hashlib.sha256(source.encode()).hexdigest()
-    return _digest([], [source, normal_form.of_text("limbeck", _MAGIC.sub("", source))])
+    try:
+        return _digest([], [source, normal_form.of_text("limbeck", _MAGIC.sub("", source))])
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{notebook}: expected cells of Python that name what there is, got others: {error}") from None
+
+
+def read(notebook: Path) -> nbformat.NotebookNode:
+    """A notebook of version 4. Raises ValueError, with the path, for another file."""
+    try:
+        content = nbformat.read(notebook, as_version=4)
+        nbformat.validate(content)
+    except Exception as error:  # whatever a missing key leads to
+        raise ValueError(f"{notebook}: expected a notebook, got what is none: {error!r:.300}") from None
+    return content
 
 
 def cells(notebook: Path) -> list[str]:
     """The sources of the code cells that the runner runs: those tagged `try-it` it leaves out."""
-    content = nbformat.read(notebook, as_version=4)
+    content = read(notebook)
     run = (cell for cell in content.cells if "try-it" not in cell.metadata.get("tags", []))
     return [cell.source for cell in run if cell.cell_type == "code"]
 
@@ -84,9 +97,9 @@ def words(paper: str, experiment: str) -> set[str]:
 def everything() -> dict[str, dict[str, str]]:
     """The digests of every experiment and of every notebook of a paper, by paper."""
     digests = {}
-    for file in sorted(paths.PARAMS.glob("*.yaml")):
+    for file in paths.visible(paths.PARAMS, "*.yaml"):
         paper, folder = file.stem, paths.NOTEBOOKS / file.stem
-        hashes = {path.stem: of_notebook(path) for path in sorted(folder.glob("*.ipynb"))}
+        hashes = {path.stem: of_notebook(path) for path in paths.visible(folder, "*.ipynb")}
         digests[paper] = hashes | {f"{name}-train": of_experiment(paper, name) for name in experiments(paper)}
     return digests
 
@@ -229,7 +242,7 @@ def _quoted(form: NormalForm) -> Iterator[str]:
 def _files(root: Path) -> dict[str, Path]:
     """Files of the package that are no code, by name, such as the style of figures."""
     package = root / "src" / definitions.PACKAGE
-    return {path.name: path for path in package.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    return {path.name: path for path in paths.visible(package, "**/*.*") if path.suffix not in (".py", ".pyc")}
 
 
 def _file(name: str) -> str:

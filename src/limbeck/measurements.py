@@ -72,4 +72,12 @@ def read(paper: str, exhibit: str, profile: str) -> pd.DataFrame:
     if not file.is_file():
         measured = ", ".join(sorted(path.parts[-3] for path in paths.RESULTS.glob(f"*/{paper}/{exhibit}.jsonl")))
         raise ValueError(f"expected a profile with rows ({measured}), got {profile!r}; `make bench` measures bench")
-    return pd.DataFrame(map(json.loads, file.read_text().splitlines()))
+    try:
+        rows = [paths.parse_json(line) for line in file.read_bytes().splitlines()]
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: expected a row on each line, got what cannot be read: {error}; measure again"
+        ) from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{file}: expected rows with names, got {rows!r:.200}; measure again")
+    return pd.DataFrame(rows)

@@ -9,9 +9,8 @@ number is written in one place. Unknown, missing and ill-typed keys are errors b
 import dataclasses
 import typing
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
-
-import yaml
 
 from limbeck import paths
 
@@ -66,7 +65,7 @@ def load(paper: str, experiment: str, profile: str, into: type[T]) -> T:
 
 def section(paper: str, experiment: str, profile: str) -> dict[str, Any]:
     """The section with all that it is laid over: a key's value is the last one among its `layers`."""
-    sections = _read(paths.PARAMS / f"{paper}.yaml")
+    sections = _sections(paper)
     values = {}
     for key, name in layers(paper, experiment, profile):
         values |= {field: value for field, value in sections[key][name].items() if key == _SHARED or field != _FROM}
@@ -75,7 +74,7 @@ def section(paper: str, experiment: str, profile: str) -> dict[str, Any]:
 
 def layers(paper: str, experiment: str, profile: str) -> list[tuple[str, str]]:
     """Where the section's values stand in params/<paper>.yaml, each a key and the key below it; the last one counts."""
-    sections = _read(paths.PARAMS / f"{paper}.yaml")
+    sections = _sections(paper)
     shared = sections.pop(_SHARED, {})
     one_of("experiment", experiment, sections)
     profiles = sections[experiment]
@@ -95,7 +94,7 @@ def layers(paper: str, experiment: str, profile: str) -> list[tuple[str, str]]:
 
 def experiments(paper: str) -> dict[str, list[str]]:
     """The experiments of params/<paper>.yaml, each with its profiles, in the file's order."""
-    sections = _read(paths.PARAMS / f"{paper}.yaml")
+    sections = _sections(paper)
     return {name: list(profiles) for name, profiles in sections.items() if name != _SHARED}
 
 
@@ -108,10 +107,25 @@ def flat(values: Any) -> dict[str, Any]:
     return mapping
 
 
-def _read(path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"expected a parameter file at {path}, found none")
-    return yaml.safe_load(path.read_text())
+def _sections(paper: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The content of params/<paper>.yaml: a section for each profile of each experiment."""
+    file = paths.PARAMS / f"{paper}.yaml"
+    content = _read(file)
+    for name, group in content.items():
+        if not isinstance(group, dict) or not all(isinstance(section, dict) for section in group.values()):
+            raise ValueError(
+                f"{file}: expected sections of {name} by name, each of keys with values, got {group!r:.200}"
+            )
+    return content
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"expected a parameter file at {file}, found none")
+    content = paths.read_yaml(file)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{file}: expected keys with values, got {content!r:.200}")
+    return content
 
 
 def _build(into: type[T], values: dict[str, Any], where: str) -> T:

@@ -55,7 +55,15 @@ def cell_key(cell: Mapping[str, Any]) -> frozenset:
 
 def path(paper: str, experiment: str, profile: str) -> Path:
     """The file with the records of an experiment."""
-    return paths.RESULTS / profile / paper / f"{experiment}.jsonl"
+    return _place(paper, f"{experiment}.jsonl", profile)
+
+
+def _place(*parts: str) -> Path:
+    """A file under results/. Raises ValueError for a name that would lead elsewhere."""
+    paper, name, profile = parts
+    if odd := [part for part in parts if not re.fullmatch(r"\w[\w.+-]*", part)]:
+        raise ValueError(f"received {odd[0]!r} as a part of a path, expected letters, digits and any of _ . + -")
+    return paths.RESULTS / profile / paper / name
 
 
 def write(file: Path, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -79,13 +87,13 @@ def read_by_cell(file: Path) -> dict[frozenset, dict[str, Any]]:
     home = "/".join([*file.parts[-3:-1], file.stem])
     for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), start=1):
         try:
-            run = json.loads(line)
+            run = paths.parse_json(line)
             _check(run, "record")
             if (owner := "/".join([run["profile"], run["paper"], run["experiment"]])) != home:
                 raise ValueError(f"expected a record of {home}, got one of {owner}")
             if runs.setdefault(cell_key(run["cell"]), run) is not run:
                 raise ValueError(f"expected one line per cell, got {cell_name(run['cell'])} again")
-        except ValueError as error:  # json's and unicode's errors are ValueErrors too
+        except (RecursionError, ValueError) as error:  # json's and unicode's errors are ValueErrors too
             raise ValueError(f"{file}, line {number}: {error}; delete it and run the experiment again") from None
     return runs
 
@@ -121,9 +129,11 @@ def awaiting() -> dict[str, dict[str, Any]]:
     can renew them. Raises ValueError for one of another form.
     """
     file = paths.DATA / "awaiting.yaml"
-    entries = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+    entries = (paths.read_yaml(file) or {}) if file.is_file() else {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"{file}: expected experiments with commit and reason, got {entries!r:.200}")
     for name, entry in entries.items():
-        if name.count("/") != 2 or not isinstance(entry, dict) or set(entry) != {"commit", "reason"}:
+        if str(name).count("/") != 2 or not isinstance(entry, dict) or set(entry) != {"commit", "reason"}:
             raise ValueError(f"{file}: expected profile/paper/experiment with commit and reason, got {name}: {entry}")
     return entries
 
@@ -197,13 +207,28 @@ def write_exhibit(
     """
     content = {"paper": paper, "exhibit": exhibit, "profile": profile, "claims": list(claims), "table": list(table)}
     _check_values(content, exhibit)
-    file = paths.RESULTS / profile / paper / f"{exhibit}.json"
+    file = _place(paper, f"{exhibit}.json", profile)
     if paths.by_hand():
         command = f"python -m limbeck.workflow.notebooks notebooks/{paper}/{exhibit}.ipynb profile={profile}"
         sys.stdout.write(f"Nothing was written; `{command}` writes what is shown here to results/.\n")
         return file
     replace_text(file, json.dumps(content, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
     return file
+
+
+def read_exhibit(file: Path) -> dict[str, Any]:
+    """What `write_exhibit` left. Raises ValueError, with path and remedy, for another content or another's."""
+    content, remedy = paths.read_json(file), "draw it again"
+    if not isinstance(content, dict) or set(content) != {"paper", "exhibit", "profile", "claims", "table"}:
+        raise ValueError(f"{file}: expected an exhibit's paper, profile, claims and table, got others; {remedy}")
+    if (home := [content["profile"], content["paper"], content["exhibit"]]) != [*file.parts[-3:-1], file.stem]:
+        raise ValueError(f"{file}: expected its own exhibit, got that of {home}; {remedy}")
+    for claim in content["claims"] if isinstance(content["claims"], list) else [content["claims"]]:
+        if not isinstance(claim, dict) or not {"id", "ours", "interval", "verdict"} <= claim.keys():
+            raise ValueError(
+                f"{file}: expected claims with id, ours, interval and verdict, got {claim!r:.200}; {remedy}"
+            )
+    return content
 
 
 def replace_text(file: Path, text: str) -> None:
@@ -244,7 +269,7 @@ def _check(record: Any, where: str) -> None:
 
 
 def _numbers(values: list) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max for x in values)
 
 
 def _check_values(value: Any, where: str) -> None:

@@ -46,3 +46,63 @@ def test_texts_without_references_are_refused(texts, references):
     for score in (text_overlap.bleu, text_overlap.rouge_l):
         with pytest.raises(ValueError, match="expected texts, and at least one reference for each"):
             score(texts, references)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "我喜欢我的猫",
+        "猫が好きです。とても",
+        "ฉันชอบแมวของฉัน",
+        "я люблю свою кошку",
+        "मुझे बिल्ली पसन्द है जी",
+        "أنا أحب قطتي كثيرا",
+        "나는 내 고양이를 좋아한다",
+    ],
+)
+def test_equal_texts_of_any_script_score_100_and_others_of_it_less(text):
+    other = "".join(reversed(text))
+    assert text_overlap.overlaps([text], [[text]]) == {"bleu": pytest.approx(100), "rouge_l": pytest.approx(100)}
+    assert text_overlap.rouge_l([other], [[text]]) < 60
+    assert text_overlap.bleu([other], [[text]]) < 60
+
+
+def test_a_character_of_chinese_is_a_word():
+    """LCS of 4 in 5 and 6 characters: P 4/5, R 4/6."""
+    assert text_overlap.rouge_l(["我喜欢猫吗"], [["我很喜欢猫。的"]]) == pytest.approx(
+        100 * 2 * (4 / 5) * (4 / 6) / (4 / 5 + 4 / 6)
+    )
+
+
+def test_accents_and_vowel_signs_tell_words_apart_however_they_are_composed():
+    assert text_overlap.rouge_l(["café"], [["cafe"]]) == 0.0
+    assert text_overlap.rouge_l(["cafe\u0301"], [["caf\u00e9"]]) == pytest.approx(100)
+    assert text_overlap.rouge_l(["की"], [["का"]]) == 0.0
+
+
+def test_ascii_scores_as_with_rouge_scores_own_words():
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
+
+    text, reference = "It's the [area]-hotel, No. 5's $3.50!\n_x_ a", "the hotel in [AREA] costs 3.50 -- it is no.5 x"
+    own = RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure
+    assert text_overlap.rouge_l([text], [[reference]]) == 100 * own
+
+
+@pytest.mark.parametrize("score", [text_overlap.bleu, text_overlap.rouge_l, text_overlap.overlaps])
+@pytest.mark.parametrize(
+    ("texts", "references", "message"),
+    [
+        (["a b"], ["a b"], r"received 'a b' as a text's references, expected a list; put a single one in brackets"),
+        ("ab", [["a"], ["b"]], r"received 'ab' as texts, expected a list"),
+        (["a", "b"], "ab", r"received 'ab' as references, expected a list"),
+        (["a"], [["a", ""]], "received '' as a reference, expected at least one word: leave it out"),
+        (["a", "b"], [["a"]], r"received 2 texts and \[1\] references"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(score, texts, references, message):
+    with pytest.raises(ValueError, match=message):
+        score(texts, references)
+
+
+def test_a_text_that_says_nothing_scores_0():
+    assert text_overlap.overlaps(["", "?!"], [["a b"], ["c"]]) == {"bleu": 0.0, "rouge_l": 0.0}

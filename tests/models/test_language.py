@@ -24,6 +24,14 @@ def test_the_words_of_a_shape_are_those_that_occur_twice(tokenizer):
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
+def test_a_tokenizer_without_an_end_token_is_refused(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "ends")
+    assert language.load_tokenizer(str(tmp_path / "ends"), ()).eos_token == "[EOS]"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match=r"tokenizer of .*endless without an end token, expected one"):
+        language.load_tokenizer(str(tmp_path / "endless"), ())
+
+
 @pytest.mark.parametrize("name", ["llama-2x32", "t5-2x32"])
 def test_a_shape_is_drawn_from_the_seed_and_leaves_the_global_state(name, tokenizer, global_generators):
     before = global_generators()

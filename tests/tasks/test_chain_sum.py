@@ -132,7 +132,7 @@ def test_signs_and_zeros_in_front_change_no_number():
     (seven,) = [e for e in chain_sum.examples(Family((2, 2), (1, 1)), 190, seed=0) if e.expression == "3+4"]
     for text in ("7", "+7", "07", "+07", "3+4=7", "1;2=3;7"):
         assert chain_sum.reward(seven, text) == 1.0, text
-    for text in ("-7", "70", "17", "7;8", "7=8", "0", "+-7"):
+    for text in ("-7", "70", "17", "7;8", "7=8", "0", "+-7", "0_7", "00,7", "7e0", "７"):
         assert chain_sum.reward(seven, text) == 0.0, text
 
 

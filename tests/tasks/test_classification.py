@@ -5,6 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from limbeck import assets
 from limbeck.models import encoders
@@ -194,3 +199,46 @@ def test_the_collections_have_their_known_sizes(name, texts, classes):
     assert len(pairs) == texts
     assert len(Counter(topic for _, topic in pairs)) == classes
     assert all(text.strip() for text, _ in pairs)
+
+
+def words(*, special=True, **options):
+    """A tokenizer of four letters, as few as it can be."""
+    inner = Tokenizer(
+        WordLevel({w: n for n, w in enumerate(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "a", "b", "c", "d"])}, "[UNK]")
+    )
+    inner.pre_tokenizer = Whitespace()
+    if special:
+        marks = [("[CLS]", 2), ("[SEP]", 3)]
+        inner.post_processor = TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", marks)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", **options)
+
+
+def encode(texts, tokenizer, longest=9):
+    items = [classification.Example(text, "x", *second) for text, *second in texts]
+    return classification.encode(items, tokenizer, longest=longest, classes=("x",))
+
+
+def test_padding_is_on_the_right_whatever_the_tokenizer_would_do_itself():
+    left = words(pad_token="[PAD]", padding_side="left")
+    left.backend_tokenizer.enable_padding(length=12)
+    left.backend_tokenizer.enable_truncation(2)
+    rows = encode([("a b c",), ("d",)], left, longest=6)
+    assert rows.ids.tolist() == [[2, 4, 5, 6, 3, 1], [2, 7, 3, 1, 1, 1]]
+    assert rows.rows(torch.tensor([0, 1]))[1].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "longest", "message"),
+    [
+        ([("a",)], {}, 9, r"received .* without a pad token, expected one that has it; set its pad_token"),
+        ([("a",), ("",)], {"special": False, "pad_token": "[PAD]"}, 9, "received the text '', expected one of at"),
+        ([("a",)], {"pad_token": "[PAD]"}, 2, "received longest 2, expected 3 to"),
+        ([("a", "b")], {"pad_token": "[PAD]"}, 3, "received longest 3, expected 4 to"),
+        ([("a",)], {"pad_token": "[PAD]", "model_max_length": 8}, 9, "received longest 9, expected 3 to 8 tokens"),
+        ([("a", "b"), ("c",)], {"pad_token": "[PAD]"}, 9, "received 2 texts and 1 second ones"),
+        ([], {"pad_token": "[PAD]"}, 9, "received 0 texts"),
+    ],
+)
+def test_what_cannot_be_encoded_is_refused(texts, options, longest, message):
+    with pytest.raises(ValueError, match=message):
+        encode(texts, words(**options), longest)

@@ -109,6 +109,13 @@ def test_a_worked_solution_ends_in_the_gold_answer_and_earns_1(examples):
         ("#### 42", "42"),
         ("#### 42\n", "42"),
         ("007", "007"),
+        ("1{,}234", "1234"),
+        ("\\boxed{1{,}234}", "1234"),
+        ("1\\,234", "1234"),
+        ("\\boxed{3.50} for each of 4", "3.50"),
+        ("\\boxed{5}, no: \\boxed{6}, of 7", "6"),
+        ("\\boxed{\\frac{7}{2}}", "7/2"),
+        ("\\boxed{9999999!}", ""),
         ("none", ""),
         ("", ""),
     ],
@@ -121,6 +128,13 @@ def test_half_points_count():
     assert gsm_symbolic.reward(entry("2362.5"), "so 2,362.50 dollars") == 1.0
     assert gsm_symbolic.reward(entry("0.5"), ".5") == 1.0
     assert gsm_symbolic.reward(entry("2362.5"), "2362") == 0.0
+    assert gsm_symbolic.reward(entry("3.5"), "\\boxed{\\frac{7}{2}}") == 1.0
+    assert gsm_symbolic.reward(entry("2"), "\\boxed{\\frac{7}{2}}") == 0.0
+
+
+def test_numbers_that_floats_cannot_tell_apart_are_not_equal():
+    assert gsm_symbolic.reward(entry("9007199254740993"), "9007199254740992") == 0.0
+    assert gsm_symbolic.reward(entry("2.5"), "2.50000000000000000001") == 0.0
 
 
 def test_a_text_is_never_run(tmp_path):

@@ -103,6 +103,38 @@ def test_a_folder_whose_parts_have_other_classes_is_refused(tmp_path):
         images.load(f"folder/{tmp_path}/none")
 
 
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    for part in ("train", "val"):
+        picture(tmp_path / part / "ant" / "0.png", [[255, 0, 0]], (8, 8))
+        picture(tmp_path / part / "bee" / "0.png", [[0, 0, 255]], (8, 8))
+    before = images.load(f"folder/{tmp_path}", side=4)
+    picture(tmp_path / "train" / ".ipynb_checkpoints" / "0-checkpoint.png", [[9, 9, 9]], (8, 8))
+    picture(tmp_path / "train" / "ant" / ".ipynb_checkpoints" / "0-checkpoint.png", [[9, 9, 9]], (8, 8))
+    picture(tmp_path / "train" / "ant" / ".hidden.png", [[9, 9, 9]], (8, 8))
+    for file in ("train/.DS_Store", "train/ant/.DS_Store", "val/bee/._0.png"):
+        (tmp_path / file).write_bytes(b"no picture")
+    after = images.load(f"folder/{tmp_path}", side=4)
+    assert torch.equal(after.pixels, before.pixels)
+    assert torch.equal(after.labels, before.labels)
+    assert after.classes == 2
+
+
+def test_what_is_no_picture_is_refused_by_name(tmp_path):
+    picture(tmp_path / "ant" / "0.png", [[255, 0, 0]], (64, 64))
+    (tmp_path / "bee").mkdir()
+    with pytest.raises(ValueError, match=r"expected pictures in .*bee, got none"):
+        images.load(f"folder/{tmp_path}")
+    whole = (tmp_path / "ant" / "0.png").read_bytes()
+    for content in (b"", b"text", whole[:20], whole[:-30]):
+        (tmp_path / "bee" / "1.png").write_bytes(content)
+        with pytest.raises(ValueError, match=r"1\.png: expected a picture, got what PIL cannot read"):
+            images.load(f"folder/{tmp_path}")
+    (tmp_path / "bee" / "1.png").unlink()
+    (tmp_path / "bee" / "more").mkdir()
+    with pytest.raises(ValueError, match=r"more: expected a picture"):
+        images.load(f"folder/{tmp_path}")
+
+
 def test_an_unknown_data_set_is_refused():
     with pytest.raises(ValueError, match="received the data set 'svhn', expected mnist, digits"):
         images.load("svhn")

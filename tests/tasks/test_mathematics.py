@@ -113,6 +113,123 @@ def test_an_equal_answer_is_right_and_a_box_goes_before_what_follows_it(judged, 
     assert judged(gold, text) == reward
 
 
+FALSE = (  # most are from public reports
+    ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"),
+    ("\\frac{1}{2006!}", "\\frac{1}{2004!}"),
+    ("1/2006!", "1/2004!"),
+    ("10^{-20}", "10^{-21}"),
+    ("0.0000001", "0.0000002"),
+    ("\\frac{\\pi}{2^{98}}", "\\frac{\\pi}{2^{99}}"),
+    ("\\frac{x}{2^{98}}", "\\frac{x}{2^{99}}"),
+    ("x=2^{-98}", "x=2^{-99}"),
+    ("e^{-100}", "e^{-101}"),
+    ("(2^{-98}, 1)", "(2^{-99}, 1)"),
+    ("\\{2^{-98}, 1\\}", "\\{2^{-99}, 1\\}"),
+    ("\\begin{pmatrix}2^{-98}\\\\2\\end{pmatrix}", "\\begin{pmatrix}2^{-99}\\\\2\\end{pmatrix}"),
+    ("\\sqrt{2} \\cdot 10^{-20}", "\\sqrt{3} \\cdot 10^{-20}"),
+    ("\\frac{2^{2005}+1}{3 \\cdot 2^{2006}}", "\\frac{2^{2005}}{3 \\cdot 2^{2006}}"),
+    ("2^{100}", "2^{100}+1"),
+    ("1/3", "0.333333"),
+    ("\\pi", "3.141592653589793"),
+    ("\\infty", "-\\infty"),
+    ("\\infty", "10^{400}"),
+    ("1, 2, \\ldots, n", "1, 3, \\ldots, 2n-1"),
+    ("1, 2, …, n", "1, 3, …, 2n-1"),
+    ("1:2:3:\\ldots", "1:4:9:\\ldots"),
+    ("1+2+\\ldots+10", "13"),
+    ("13", "1+2+\\ldots+10"),
+    ("3", "3\\ldots"),
+    ("1 - \\frac{1}{\\mathrm{e}}", "1 + \\frac{1}{\\mathrm{e}}"),
+    ("4", "4\\sqrt(2)"),
+    ("f(x)=0", "\\forall x>0, f(x)=0"),
+    ("\\pm 2021", "2021"),
+    ("n=2, 3, 4", "n=1, 2, 3"),
+    ("19, 46, \\text{ and } 82", "21, 36, and 82"),
+    ("2021", "\\pm 2021"),
+    ("9", "4\\sqrt{2} - x"),
+    ("234", "1{,}234"),
+    ("235", "1\\,234"),
+    ("12:00", "1:00"),
+    ("12:00", "12"),
+    ("12", "12:00"),
+    ("3:45\\text{ PM}", "3:45 \\text{ AM}"),
+    ("12:30", "6:15"),
+    ("1:2:3", "1:2:4"),
+    ("1:2:3", "5"),
+    ("2021-03-04", "2014"),
+    ("2014", "2021-03-04"),
+    ("2021-12-10", "1999"),
+    ("101_2", "101_3"),
+    ("101_2", "101"),
+    ("50\\%", "5000\\%"),
+    ("(5,2)", "(7,3)"),
+    ("42", "10^{10^{10}}"),
+    ("42", "9999999!"),
+)
+
+
+@pytest.mark.parametrize(("gold", "answer"), FALSE)
+def test_what_is_not_equal_earns_0_in_a_box_or_out_of_it(judged, gold, answer):
+    assert judged(gold, f"So it is \\boxed{{{answer}}}.") == 0.0
+    if not answer.startswith(("10^{10^", "9999999!")):  # math-verify would compute these
+        assert judged(gold, f"It is ${answer}$.") == 0.0
+
+
+TRUE = (
+    ("1234", "1{,}234"),
+    ("1{,}234{,}567", "1234567"),
+    ("1\\,234", "1{,}234"),
+    ("1000", "1 000"),
+    ("12:00", "12:00"),
+    ("12:00", "12:00\\text{ noon}"),
+    ("3:45\\text{ PM}", "3:45 p.m."),
+    ("9:05", "09:05"),
+    ("12:30", "2:5"),
+    ("3:4", "6 : 8"),
+    ("1:2", "\\frac{1}{2}"),
+    ("1:2:3", "2:4:6"),
+    ("2021-03-04", "2021-3-4"),
+    ("1, 2, \\ldots, n", "1,2,…,n"),
+    ("1 - \\frac{1}{\\mathrm{e}}", "1-e^{-1}"),
+    ("\\frac{1}{2^{98}}", "2^{-98}"),
+    ("\\frac{1}{2006!}", "\\frac{2007}{2007!}"),
+    ("101_2", "5"),
+    ("5", "5.0"),
+    ("0.1", "\\frac{1}{10}"),
+    ("(0.5, 1)", "(\\frac12, 1.0)"),
+    ("50\\%", "0.5"),
+    ("50\\%", "50"),
+    ("1.5", "1\\frac{1}{2}"),
+    ("\\sqrt{3+2\\sqrt{2}}", "1+\\sqrt{2}"),
+    ("\\frac{\\sqrt2}{2}", "\\frac{1}{\\sqrt{2}}"),
+    ("0.5x", "\\frac{x}{2}"),
+    ("9999999!", "9999999!"),
+)
+
+
+@pytest.mark.parametrize(("gold", "answer"), TRUE)
+def test_what_is_equal_earns_1(judged, gold, answer):
+    assert judged(gold, f"\\boxed{{1}}, no: \\boxed{{{answer}}}, and not 7.") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("\\boxed{42} or rather \\boxed{43}", 1.0),
+        ("\\boxed{43} or rather \\boxed{42}", 0.0),
+        ("\\boxed{42} and \\boxed{43}", 1.0),
+        ("\\boxed{43}. The answer is in \\boxed{}", 0.0),
+    ],
+)
+def test_the_last_box_counts(judged, text, reward):
+    assert judged("43", text) == reward
+
+
+def test_numbers_that_are_too_large_to_be_compared_are_an_error_that_says_so(judged):
+    with pytest.raises(ValueError, match=r"received '1/9999999!' where '0' is right, expected numbers of fewer than"):
+        judged("0", "\\boxed{1/9999999!}")
+
+
 @pytest.mark.parametrize("gold", ["", "\\frac{", "$$", "!?"])
 def test_a_gold_answer_that_cannot_be_read_is_an_error_and_not_a_reward(judged, gold):
     with pytest.raises(ValueError, match=r"received the gold answer .* expected one that math-verify reads"):
@@ -125,10 +242,10 @@ def test_errors_inside_are_raised_and_not_a_reward_of_0(monkeypatch):
     def broken(*_, **__):
         raise ArithmeticError("sympy gave up")
 
-    assert mathematics.reward("42", "\\boxed{41}") == 0.0
+    assert mathematics.reward("\\pi", "\\boxed{41}") == 0.0
     monkeypatch.setattr(verifier, "sympy_expr_eq", broken)
     with pytest.raises(ArithmeticError, match="sympy gave up"):
-        mathematics.reward("42", "\\boxed{41}")
+        mathematics.reward("\\pi", "\\boxed{41}")
 
 
 def test_without_its_parser_of_latex_nothing_is_a_silent_0(monkeypatch):
@@ -141,7 +258,7 @@ def test_without_its_parser_of_latex_nothing_is_a_silent_0(monkeypatch):
     monkeypatch.setattr(parser, "parse_latex_cached", broken)
     parser.extract_latex.cache_clear()
     with pytest.raises(ValueError, match="expected one that math-verify reads"):
-        mathematics.reward("\\frac{7}{3}", "\\boxed{\\frac{7}{3}}")
+        mathematics.reward("\\frac{x}{3}", "\\boxed{\\frac{x}{3}}")
     parser.extract_latex.cache_clear()
 
 
@@ -158,7 +275,7 @@ def test_no_signal_is_set(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["9**9**9**9", "\\boxed{10^{10^{10}}}"])
+@pytest.mark.parametrize("text", ["9**9**9**9", "\\boxed{x + \\sqrt{10^{10^{10}}}}"])
 def test_a_power_that_never_ends_is_cut_off_and_the_next_text_is_judged(text):
     pytest.importorskip("math_verify")
     with Isolated(mathematics.reward, limit=2.0) as judged:

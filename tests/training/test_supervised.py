@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from limbeck.training import resume, supervised
@@ -162,7 +163,10 @@ def test_a_damaged_state_is_refused_with_path_and_remedy_and_changes_nothing(tmp
     other = {"parameter/weight": torch.zeros(4), "parameter/bias": torch.zeros(())}
     resume.write_tensors(tmp_path / "other", other, {"state": json.dumps({"step": 1, "curve": {}})})
     resume.write_tensors(tmp_path / "bare", {"parameter/weight": torch.zeros(3)})
-    foreign = [(tmp_path / name).read_bytes() for name in ("other", "bare")]
+    half_run(tmp_path / "another" / "state")
+    foreign = [(tmp_path / name).read_bytes() for name in ("other", "bare", "another/state")]
+    flipped = [bytes([*whole[:n], whole[n] ^ 1, *whole[n + 1 :]]) for n in range(0, len(whole), 41)]
+    foreign += [one for one in flipped if b"sha256" in one]
     for damaged in (b"", whole[:7], whole[: len(whole) // 2], whole[:-1], b"x" * 100, *foreign):
         state.write_bytes(damaged)
         parameters, loss = problem()
@@ -170,6 +174,42 @@ def test_a_damaged_state_is_refused_with_path_and_remedy_and_changes_nothing(tmp
             next(supervised.fit(parameters, loss, BATCHES, state=state, **SETTINGS))
         assert all(not parameter.any() for parameter in parameters.values())
         assert state.read_bytes() == damaged
+
+
+def test_the_state_of_other_shapes_is_refused_also_without_a_checksum(tmp_path):
+    parameters, loss = problem()
+    for key, tensor in {
+        "parameter/bias": torch.zeros(2),
+        "exp_avg/bias": torch.zeros(2),
+        "step/x": torch.ones(()),
+    }.items():
+        kept = {"parameter/weight": torch.zeros(3), "parameter/bias": torch.zeros(()), key: tensor}
+        save_file(kept, tmp_path / "state", {"state": json.dumps({"step": 1, "curve": {}})})
+        with pytest.raises(ValueError, match=rf"state of other parameters, such as {key}, expected 2; delete"):
+            next(supervised.fit(parameters, loss, BATCHES, state=tmp_path / "state", **SETTINGS))
+
+
+def test_what_a_run_left_is_read_whole_from_its_own_place_or_refused(tmp_path):
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones((), dtype=torch.bfloat16), "c": torch.zeros(0, 2)}
+    one, other = tmp_path / "one" / "x.safetensors", tmp_path / "one" / "y.safetensors"
+    resume.write_tensors(one, tensors)
+    read = resume.read_tensors(one, like=tensors)
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    with pytest.raises(ValueError, match=rf"3 weights in {one}, expected 1; a is \(2, 3\) there, not \(3,\); delete"):
+        resume.read_tensors(one, like={"a": torch.zeros(3)})
+    with pytest.raises(ValueError, match=rf"expected tensors in {other}, found none; run the experiment"):
+        resume.read_tensors(other)
+    shutil.copytree(one.parent, tmp_path / "moved")
+    assert resume.read_tensors(tmp_path / "moved" / "x.safetensors").keys() == tensors.keys()
+    shutil.copy(one, other)
+    with pytest.raises(ValueError, match=rf"{other}, which was written as x.safetensors, expected its own content"):
+        resume.read_tensors(other)
+    whole = one.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in range(header, len(whole)):
+        one.write_bytes(bytes([*whole[:place], whole[place] ^ 4, *whole[place + 1 :]]))
+        with pytest.raises(ValueError, match=rf"{one} with another content than its checksum is of"):
+            resume.read_tensors(one)
 
 
 def test_a_continued_run_keeps_the_memory_layout_of_its_moments(tmp_path):

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from scipy import stats
 
 from limbeck import paths
@@ -49,7 +48,7 @@ def load(paper: str) -> tuple[Claim, ...]:
     path = paths.DATA / "claims" / f"{paper}.yaml"
     if not path.is_file():
         raise ValueError(f"expected the claims of {paper} at {path}, found none")
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = paths.read_yaml(path)
     fields = [field.name for field in dataclasses.fields(Claim)]
     if not isinstance(entries, list):
         raise ValueError(f"{path} must be a list of claims, got {type(entries).__name__}")
@@ -63,7 +62,10 @@ def load(paper: str) -> tuple[Claim, ...]:
     names = [entry["id"] for entry in entries]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ValueError(f"{path}: expected every id once, got {repeated} more often")
-    return tuple(Claim(**entry) for entry in entries)
+    try:
+        return tuple(Claim(**entry) for entry in entries)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def decide(claims: Sequence[Claim], frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ README.md and results/README.md keep their text around two markers; results/<pap
 never appear, since they only check wiring.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,8 +43,8 @@ def exhibits(paper: str) -> dict[str, list[dict[str, Any]]]:
     """What was drawn of a paper: the exhibits in the order of its claims, each by profile, each claim with its role."""
     stated = {claim.id: claim for claim in claims.load(paper)}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in dict.fromkeys(c.exhibit for c in stated.values())}
-    for file in (file for profile in PROFILES for file in sorted((paths.RESULTS / profile / paper).glob("*.json"))):
-        exhibit = json.loads(file.read_text(encoding="utf-8"))
+    for file in (file for profile in PROFILES for file in paths.visible(paths.RESULTS / profile / paper, "*.json")):
+        exhibit = records.read_exhibit(file)
         if unknown := [claim["id"] for claim in exhibit["claims"] if claim["id"] not in stated]:
             raise ValueError(f"{file}: expected claims of data/claims/{paper}.yaml, got {unknown}; draw it again")
         for claim in exhibit["claims"]:
@@ -189,7 +188,7 @@ def _cell(text: str) -> str:
 
 def _sources(paper: str, exhibit: str) -> list[str]:
     """The cells of an exhibit's notebook, as text."""
-    cells = json.loads((paths.NOTEBOOKS / paper / f"{exhibit}.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = paths.read_json(paths.NOTEBOOKS / paper / f"{exhibit}.ipynb")["cells"]
     return ["".join(cell["source"]) for cell in cells]
 
 

@@ -88,7 +88,10 @@ class Ledger:
     def settled(self) -> set[str]:
         """The hashes of the cells that were run with the checkpoints at hand."""
         file = self.checkpoints / "settled.json"
-        return set(json.loads(file.read_text())) if file.is_file() else set()
+        hashes = paths.read_json(file) if file.is_file() else []
+        if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
+            raise ValueError(f"{file}: expected a list of hashes, got others; delete it, and its cells are run again")
+        return set(hashes)
 
     def stale(self) -> list[Cell]:
         """The cells that must run: those that do not stand, and those that left a file which is gone but needed."""

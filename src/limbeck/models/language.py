@@ -44,9 +44,15 @@ _STACKS = (("layers", "norm"), ("h", "ln_f"))  # Llama and its kin; GPT-Neo and 
 
 
 def load_tokenizer(name: str, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a named model; of a shape, one whose tokens are the words that occur twice in `texts`."""
+    """The tokenizer of a named model; of a shape, one whose tokens are the words that occur twice in `texts`.
+
+    Raises ValueError for one without an end token, which no completion could ever reach.
+    """
     if not _SHAPE.fullmatch(name):
-        return AutoTokenizer.from_pretrained(_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(_source(name))
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"received the tokenizer of {name} without an end token, expected one: set its eos_token")
+        return tokenizer
     words = Tokenizer(WordLevel(unk_token="[UNK]"))
     words.normalizer, words.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
     special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "unk_token": "[UNK]"}
@@ -174,7 +180,7 @@ def _dequantised(name: str) -> Path:
     """The folder with the float32 copy of an asset's GGUF; made where it is missing, whole or not at all."""
     target = paths.DATA / "processed" / f"{name}-{assets.checksum(name)[:8]}"
     if not target.is_dir():
-        (file,) = assets.path(name).glob("*.gguf")
+        (file,) = paths.visible(assets.path(name), "*.gguf")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as temporary:
             finished = Path(temporary, name)

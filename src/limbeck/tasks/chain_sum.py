@@ -1,4 +1,4 @@
-"""Chains of additions and subtractions from reasoning-gym, with worked solutions and its own verifier.
+"""Chains of additions and subtractions from reasoning-gym, with worked solutions.
 
 A `Family` says how many terms and digits; its examples are drawn in one order and no expression comes twice, so
 parts that are cut from it share none. A worked solution writes one step per term, whole (`12+5=17;17-3=14`) or only its
@@ -12,11 +12,11 @@ import reasoning_gym
 
 from limbeck import seeding
 from limbeck.params import positive
+from limbeck.tasks import rational
 
 ALPHABET = "0123456789+-=;"
 _SLIPS = (-10, -2, -1, 1, 2, 10)  # what a mistake adds to a step's result
 _POOL = 4  # drawn examples for each wanted one, before giving up
-_scorer = reasoning_gym.create_dataset("chain_sum", size=1, seed=0)
 
 
 @dataclass(frozen=True)
@@ -88,5 +88,5 @@ def answer(text: str) -> str:
 
 
 def reward(example: Example, text: str) -> float:
-    """1 for reasoning-gym's full score, else 0: `+014.0` counts as 14, a part of a number or a longer one does not."""
-    return float(_scorer.score_answer(answer(text), example.entry) == 1.0)
+    """1 if the answer is the gold number, else 0: `+014.0` is 14, a part of a number or a longer one is not."""
+    return float(rational.literal(answer(text)) == int(example.gold))

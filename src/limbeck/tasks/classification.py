@@ -176,17 +176,30 @@ def encode(
     Only the first 12 * `longest` characters of a text are read, which changes nothing unless its tokens are longer
     than 12 characters on average. The sentences of a pair are told apart by the separator alone: a BERT's second
     token type is not used.
+
+    Raises ValueError for no examples, an unknown label, a text that has no token, pairs among single texts, a tokenizer
+    without a pad token, and a `longest` that leaves a text no token or is above the tokenizer's limit.
     """
     if unknown := {example.label for example in items} - set(classes):
         raise ValueError(f"received the labels {sorted(unknown)}, expected some of {list(classes)}")
     cut = longest * _CHARACTERS
     seconds = [example.second[:cut] for example in items if example.second is not None] or None
     texts = [example.text[:cut] for example in items]
+    if not items or len(seconds or texts) != len(texts):
+        raise ValueError(f"received {len(texts)} texts and {len(seconds or ())} second ones, expected as many, or none")
+    least, most = 1 + tokenizer.num_special_tokens_to_add(pair=bool(seconds)), tokenizer.model_max_length
+    if not least <= longest <= most:
+        raise ValueError(f"received longest {longest}, expected {least} to {most} tokens with {tokenizer.name_or_path}")
+    if tokenizer.pad_token_id is None:
+        advice = "set its pad_token, and the model's config.pad_token_id alike: its end token will do"
+        raise ValueError(f"received {type(tokenizer).__name__} without a pad token, expected one that has it; {advice}")
     tokens = tokenizer(texts, seconds, truncation=True, max_length=longest)["input_ids"]
     padded = torch.full((len(tokens), longest), tokenizer.pad_token_id)
     for row, ids in enumerate(tokens):
         padded[row, : len(ids)] = torch.tensor(ids)
     lengths = torch.tensor([len(ids) for ids in tokens])
+    if not lengths.all():
+        raise ValueError(f"received the text {texts[int(lengths.argmin())]!r}, expected one of at least one token")
     return Encoded(padded, lengths, torch.tensor([classes.index(example.label) for example in items]))
 
 

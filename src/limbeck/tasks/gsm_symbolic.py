@@ -1,24 +1,25 @@
-"""School problems in words from reasoning-gym's `gsm_symbolic`, with worked solutions and its own scorer.
+"""School problems in words from reasoning-gym's `gsm_symbolic`, with worked solutions.
 
-An answer is the last number of a text, read without units, currency and thousands separators; a minus is its sign
-unless a digit, a letter or a bracket stands before it. The scorer reads its number with a regular expression and
-`float`, never as code. It gives 0.01 for a wrong number, which counts as 0 here, and loses signs, so that examples of
-a negative answer (one in thousands) are left out and a negative answer earns 0.
+An answer is the last number of a text, or of its last box, read without units, currency and thousands separators; a
+minus is its sign unless a digit, a letter or a bracket stands before it. Numbers are compared exactly, which
+reasoning-gym's own scorer does not: it goes by `float`, and gives 0.01 for a wrong one. It loses signs too, so that
+examples of a negative answer (one in thousands) are left out and a negative answer earns 0.
 """
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import reasoning_gym
 
 from limbeck import seeding
 from limbeck.params import positive
+from limbeck.tasks import rational
 
-_NUMBER = re.compile(r"((?<![\w)])[-−])?[$£€]?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
+_NUMBER = re.compile(rf"((?<![\w)])[-−])?[$£€]?({rational.NUMBER})", re.ASCII)
 _END = "####"  # what stands before the answer at the end of a solution, as in GSM8K
 _POOL = 2  # drawn examples for each wanted one, before giving up
-_scorer = reasoning_gym.create_dataset("gsm_symbolic", size=1, seed=0)
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,26 @@ def solution(example: Example) -> str:
 
 
 def answer(text: str) -> str:
-    """The last number of a text, as digits with a sign or a point at most; empty where there is none."""
-    match = None
-    for match in _NUMBER.finditer(text):  # noqa: B007  (the last one counts)
+    """The last number of a text, as digits with a sign or a point at most; empty where there is none.
+
+    Of a text with boxes what the last one holds: a fraction, as such, where it is one.
+    """
+    box, match = rational.boxed(text), None
+    if box is not None and rational.literal(box) is None:
+        try:
+            if (value := rational.number(box)) is not None:
+                return str(value)
+        except (OverflowError, ValueError):  # longer than what Python writes
+            return ""
+    for match in _NUMBER.finditer(text if box is None else box):  # noqa: B007  (the last one counts)
         pass
     if match is None:
         return ""
     sign, digits = match.groups()
-    return ("-" if sign else "") + ("0" if digits[0] == "." else "") + digits.replace(",", "")
+    return ("-" if sign else "") + ("0" if digits[0] == "." else "") + rational.digits(digits)
 
 
 def reward(example: Example, text: str) -> float:
-    """1 for reasoning-gym's full score of the text's answer, else 0."""
+    """1 if the text's answer is the gold number, exactly, else 0."""
     number = answer(text)
-    return float(not number.startswith("-") and _scorer.score_answer(number, example.entry) == 1.0)
+    return float(not number.startswith("-") and rational.number(number) == Fraction(example.gold))

@@ -6,6 +6,9 @@ have. Where a folder has the parts `train` and `val`, or IDX files `train` and `
 """
 
 import gzip
+import math
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from limbeck import assets
+from limbeck import assets, paths
 
 MNIST, DIGITS = "mnist", "digits"
 SIDE = 28
@@ -108,30 +111,50 @@ def _digits() -> Images:
 
 
 def _idx(folder: Path) -> Images:
-    """MNIST's files: a header of 16 bytes before the images, of 8 before the labels; packed or not."""
-
-    def read(name: str, header: int) -> np.ndarray:
-        unpacked = folder / name
-        content = unpacked.read_bytes() if unpacked.is_file() else gzip.decompress((folder / f"{name}.gz").read_bytes())
-        return np.frombuffer(content, dtype=np.uint8, offset=header)
-
-    parts = ("train", "t10k")
-    labels = [read(f"{part}-labels-idx1-ubyte", 8) for part in parts]
-    pixels = [read(f"{part}-images-idx3-ubyte", 16).reshape(-1, SIDE, SIDE) for part in parts]
+    """MNIST's files, packed or not. Raises ValueError for one that holds another number of images or labels."""
+    labels, pixels = [], []
+    for part in ("train", "t10k"):
+        pixels.append(_idx_file(folder / f"{part}-images-idx3-ubyte", 2051, SIDE, SIDE))
+        labels.append(_idx_file(folder / f"{part}-labels-idx1-ubyte", 2049))
+        if len(labels[-1]) != len(pixels[-1]):
+            raise ValueError(f"{folder}: received {len(pixels[-1])} images of {part} and {len(labels[-1])} labels")
     held = np.repeat([False, True], [len(part) for part in labels])
     return _images(np.concatenate(pixels), np.concatenate(labels), held)
 
 
+def _idx_file(unpacked: Path, kind: int, *sides: int) -> np.ndarray:
+    """Bytes after a header of `kind`, how many and their sides; no more is unpacked than the header claims."""
+    packed, words = unpacked.with_name(f"{unpacked.name}.gz"), 2 + len(sides)
+    try:
+        with unpacked.open("rb") if unpacked.is_file() else gzip.open(packed) as file:
+            header = struct.unpack(f">{words}I", file.read(4 * words))
+            size = header[1] * math.prod(sides)
+            content = bytearray()
+            while header[0] == kind and header[2:] == sides and len(content) <= size and (piece := file.read(2**20)):
+                content += piece
+    except (EOFError, OSError, struct.error, zlib.error) as error:
+        raise ValueError(f"{unpacked} or {packed.name}: expected IDX of kind {kind}, cannot read it: {error}") from None
+    if len(content) != size or not size:
+        expected = f"the header of kind {kind} with sides {sides}, and as many bytes as it says"
+        raise ValueError(f"{unpacked} or {packed.name}: expected {expected}, got {header} and {len(content)} or more")
+    return np.frombuffer(content, dtype=np.uint8).reshape(-1, *sides)
+
+
 def _folder(folder: Path, side: int) -> Images:
-    """RGB pictures. Raises ValueError where there are none, or parts that have other classes."""
+    """RGB pictures, a class for each folder; what is hidden is no data.
+
+    Raises ValueError for a class without pictures, parts that have other classes, and what cannot be read.
+    """
     parts = [folder / name for name in ("train", "val") if (folder / name).is_dir()] or [folder]
-    names = [sorted(path.name for path in part.iterdir() if path.is_dir()) if part.is_dir() else [] for part in parts]
+    names = [[path.name for path in paths.visible(part) if path.is_dir()] for part in parts]
     if not names[0] or any(other != names[0] for other in names):
         raise ValueError(f"expected a folder a class in {', '.join(map(str, parts))}, the same in each; got {names}")
     pixels, labels, held = [], [], []
     for part_number, part in enumerate(parts):
         for label, name in enumerate(names[0]):
-            for file in sorted((part / name).iterdir()):
+            if not (files := paths.visible(part / name)):
+                raise ValueError(f"expected pictures in {part / name}, got none; delete the folder if it is no class")
+            for file in files:
                 pixels.append(_picture(file, side))
                 labels.append(label)
                 held.append(part_number > 0)
@@ -141,8 +164,13 @@ def _folder(folder: Path, side: int) -> Images:
 def _picture(file: Path, side: int) -> UInt8[Tensor, "3 side side"]:
     from PIL import Image  # noqa: PLC0415  (only needed here)
 
-    with Image.open(file) as picture:
-        whole = picture.convert("RGB")
+    try:
+        with Image.open(file) as picture:
+            whole = picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # as PIL raises for broken ones
+        raise ValueError(
+            f"{file}: expected a picture, got what PIL cannot read ({error}); repair or delete it"
+        ) from None
     factor = side * _RESIZED / min(whole.size)
     width, height = (max(side, round(factor * length)) for length in whole.size)
     left, top = (width - side) // 2, (height - side) // 2

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from limbeck import assets
+from limbeck import assets, paths
 from limbeck.params import one_of
 from limbeck.tasks import classification
 
@@ -66,8 +66,22 @@ def splits(name: str, sizes: Sequence[int], *, seed: int) -> list[list[Meaning]]
 
 
 def _lines(file: Path) -> list[Meaning]:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [Meaning(row["meaning"], (), tuple(dict.fromkeys(row["texts"]))) for row in rows]
+    """Raises ValueError, naming file and line, for one that is not {"meaning": text, "texts": [text, ...]}."""
+    found = []
+    for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), start=1):
+        try:
+            row = paths.parse_json(line) if line.strip() else None
+            if row is not None:
+                act, texts = row["meaning"], row["texts"]
+                if not isinstance(texts, list) or not texts or not all(isinstance(x, str) for x in (act, *texts)):
+                    raise ValueError(f"got {row!r:.200}")
+                found.append(Meaning(act, (), tuple(dict.fromkeys(texts))))
+        except (KeyError, TypeError, ValueError) as error:
+            expected = 'expected {"meaning": text, "texts": [text, ...]}'
+            raise ValueError(f"{file}, line {number}: {expected}, cannot read it: {error}") from None
+    if not found:
+        raise ValueError(f"expected meanings in {file}, found none")
+    return found
 
 
 def prompt(meaning: Meaning) -> str:

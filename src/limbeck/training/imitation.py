@@ -4,7 +4,6 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -69,17 +68,12 @@ def save(model: PreTrainedModel, folder: Path, name: str) -> None:
 def restore(model: PreTrainedModel, folder: Path, name: str) -> PreTrainedModel:
     """Put the weights that were trained back into a model with the same trainable parameters, which it returns.
 
-    Raises ValueError if there are none, or those of other parameters.
+    Raises ValueError if there are none, damaged ones, or those of other parameters.
     """
     path, parameters = folder / weights_file(name), models.trainable(model)
     if not path.is_file():
         raise ValueError(f"expected the weights of {name} in {folder}, found none; run the experiment that trains it")
-    weights = load_file(path)
-    if weights.keys() != parameters.keys():
-        odd = min(weights.keys() ^ parameters.keys())
-        raise ValueError(
-            f"received {len(weights)} weights in {path}, expected {len(parameters)}; {odd} is in one alone"
-        )
+    weights = resume.read_tensors(path, like=parameters)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(weights[key])

@@ -34,7 +34,7 @@ KINDS = (
 def compare(against: str) -> tuple[Counter, list[str]]:
     """How many records and exhibits are of which kind, by (what, kind), and each verdict that is another."""
     published = _units(trees.git("ls-tree", "-r", "--name-only", against, "results").split(), _at(against))
-    files = (file.relative_to(paths.ROOT).as_posix() for file in sorted(paths.RESULTS.rglob("*.json*")))
+    files = (file.relative_to(paths.ROOT).as_posix() for file in paths.visible(paths.RESULTS, "**/*.json*"))
     here = _units(files, lambda name: (paths.ROOT / name).read_text(encoding="utf-8"))
     counts, changed = Counter(), []
     for name in sorted(published.keys() | here.keys()):

@@ -10,8 +10,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from limbeck import paths, records
 from limbeck.workflow import stages
 
@@ -32,10 +30,10 @@ def summary(profile: str) -> dict[str, Any]:
     """paper -> main claim -> ours, verdict; and `counts`: paper -> role -> verdict -> how many claims."""
     by_paper: dict[str, Any] = {"counts": {}}
     for paper in stages.papers():
-        claims = yaml.safe_load((paths.DATA / "claims" / f"{paper}.yaml").read_text(encoding="utf-8"))
+        claims = paths.read_yaml(paths.DATA / "claims" / f"{paper}.yaml")
         roles = {claim["id"]: claim.get("role", "exploratory") for claim in claims}
-        exhibits = sorted((paths.RESULTS / profile / paper).glob("*.json"))
-        decided = [claim for file in exhibits for claim in json.loads(file.read_text(encoding="utf-8"))["claims"]]
+        exhibits = paths.visible(paths.RESULTS / profile / paper, "*.json")
+        decided = [claim for file in exhibits for claim in records.read_exhibit(file)["claims"]]
         main = [claim for claim in decided if roles.get(claim["id"]) == "main"]
         by_paper[paper] = {claim["id"]: {key: claim[key] for key in ("ours", "verdict")} for claim in main}
         by_paper["counts"][paper] = counts = {}

@@ -24,7 +24,7 @@ import papermill
 import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
-from limbeck import paths, records
+from limbeck import digests, paths, records
 from limbeck.workflow import stages
 
 
@@ -80,7 +80,7 @@ def check_parameters(notebook: nbformat.NotebookNode, given: dict[str, Any]) -> 
 
 def run(path: Path, given: dict[str, Any]) -> Path:
     """Execute a notebook and return where its executed copy lies."""
-    notebook = nbformat.read(path, as_version=4)
+    notebook = digests.read(path)
     notebook.cells = [cell for cell in notebook.cells if "try-it" not in cell.metadata.get("tags", [])]
     parameters = check_parameters(notebook, given)
     of_paper = path.parent.parent == paths.NOTEBOOKS
@@ -140,7 +140,7 @@ def canonical(notebook: nbformat.NotebookNode) -> str:
 
 def _provenance(inputs: dict[str, str], seconds: float, place: Path) -> str:
     """Commit, versions, machine, seconds, the checksum of every input; the reseals that were told there stay."""
-    told = json.loads(place.read_text()) if place.is_file() else {}
+    told = paths.read_json(place) if place.is_file() else {}
     versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     packages = ("torch", "transformers", "datasets", "peft", "POT", "numpy", "scipy", "pandas", "matplotlib", "dvc")
     return (

@@ -36,7 +36,7 @@ def untrained(profile: str) -> list[str]:
     for paper in stages.papers():
         for experiment in stages.experiments(paper, profile):
             file = paths.DATA / "checkpoints" / profile / paper / experiment / "settled.json"
-            settled = json.loads(file.read_text()) if file.is_file() else []
+            settled = paths.read_json(file) if file.is_file() else []
             runs = records.read_by_cell(records.path(paper, experiment, profile)).values()
             if not {run["hash"] for run in runs} <= set(settled):
                 names.append(f"{paper}-{experiment}-train")
@@ -53,7 +53,7 @@ def planned(run: set[str], profile: str) -> dict[str, float]:
             for stage in [train, *readers] if train in run else run.intersection(readers):
                 name = stage.removeprefix(f"{paper}-")
                 file = paths.RESULTS / profile / "provenance" / paper / f"{name}.json"
-                seconds[stage] = json.loads(file.read_text())["seconds"] if file.is_file() else 0.0
+                seconds[stage] = paths.read_json(file)["seconds"] if file.is_file() else 0.0
     return seconds
 
 

@@ -15,7 +15,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 
 from limbeck import assets, digests, params, paths, records
@@ -33,18 +32,18 @@ def experiments(paper: str, profile: str) -> list[str]:
 
 def papers() -> list[str]:
     """The papers, by their train notebooks."""
-    return sorted(path.parent.name for path in paths.NOTEBOOKS.glob("*/train.ipynb"))
+    return [path.parent.name for path in paths.visible(paths.NOTEBOOKS, "*/train.ipynb")]
 
 
 def exhibits(paper: str, experiment: str) -> list[Path]:
     """The exhibit notebooks that read an experiment's records."""
-    notebooks = (path for path in sorted((paths.NOTEBOOKS / paper).glob("*.ipynb")) if path.stem != "train")
+    notebooks = (path for path in paths.visible(paths.NOTEBOOKS / paper, "*.ipynb") if path.stem != "train")
     return [path for path in notebooks if source(path) == experiment]
 
 
 def source(notebook: Path) -> str:
     """The experiment whose records an exhibit reads: the one that it names, else that of its own stem."""
-    match = _READS.search("\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells))
+    match = _READS.search("\n".join(cell.source for cell in digests.read(notebook).cells))
     return match[1] if match else notebook.stem
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -215,11 +214,10 @@ def _rounded(coordinates: Point, params: Params, decoder: SmallSoftmax) -> Steps
         )
     else:
         yield {"step": 1, "steps": 1}
-        weights = load_file(
-            decoder.workspace.checkpoints / _file(coordinates["arm"], coordinates["seed"]),
-            device=str(decoder.workspace.device),
-        )
-        for name, weight in models.trainable(model).items():
+        trained = models.trainable(model)
+        path = decoder.workspace.checkpoints / _file(coordinates["arm"], coordinates["seed"])
+        weights = resume.read_tensors(path, like=trained, device=decoder.workspace.device)
+        for name, weight in trained.items():
             weight.data.copy_(weights[name])
         arms.round_after(model, coordinates["bits"])
     before = _validation_loss(decoder, {"phase": "before"})

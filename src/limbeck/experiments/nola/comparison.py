@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 
 from limbeck import models
 from limbeck.experiments.nola import arms, frozen_decoder
@@ -21,7 +22,6 @@ from limbeck.experiments.nola.arms import AdapterSettings, Model
 from limbeck.experiments.nola.frozen_decoder import FrozenDecoder, Loop, TextSettings
 from limbeck.experiments.runs import Cell, Result, Workspace, best, result
 from limbeck.params import one_of, positive
-from limbeck.training import resume
 
 Steps = Generator[dict[str, float], None, Result]
 _GRIDS = ("lora", "vera", "nola", "full")
@@ -135,5 +135,6 @@ def bytes_on_disk(model: Model) -> int:
             model.save_pretrained(folder, save_embedding_layers=False)
             (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         elif trained := models.trainable(model):
-            resume.write_tensors(Path(folder) / "model.safetensors", dict(trained))
+            weights = {name: weight.detach().contiguous().cpu() for name, weight in trained.items()}
+            save_file(weights, Path(folder) / "model.safetensors")
         return sum(os.path.getsize(file) for file in Path(folder).rglob("*") if file.is_file())

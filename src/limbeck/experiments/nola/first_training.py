@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from limbeck import models, seeding
@@ -110,9 +109,10 @@ def restore(model: nn.Module, folder: Path, name: str) -> None:
     path, parameters = folder / file_of(name), dict(model.named_parameters())
     if not path.is_file():
         raise ValueError(f"expected the weights of {name} in {folder}, found none; run the cell that trains it")
-    weights = load_file(path)
-    if weights.keys() != parameters.keys():
-        raise ValueError(f"received {len(weights)} weights in {path}, expected the {len(parameters)} of {name}")
+    weights = resume.read_tensors(path)
     head = set(map(id, vision.head_of(model).parameters()))
+    odd = [key for key in weights.keys() & parameters.keys() if weights[key].shape != parameters[key].shape]
+    if weights.keys() != parameters.keys() or any(id(parameters[key]) not in head for key in odd):
+        raise ValueError(f"received {len(weights)} weights in {path}, expected the {len(parameters)} of {name}")
     kept = {key: weight for key, weight in weights.items() if id(parameters[key]) not in head}
     model.load_state_dict(kept, strict=False)

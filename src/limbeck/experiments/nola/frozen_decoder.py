@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -163,9 +162,8 @@ class FrozenDecoder:
         pairs, below = self.all_pairs(), {}
         for half in range(_HALVES):
             rows = range(half, len(pairs), _HALVES)
-            tensors = load_file(
-                self.workspace.checkpoints / f"{STATES}_{half}.safetensors", device=str(self.workspace.device)
-            )
+            file = self.workspace.checkpoints / f"{STATES}_{half}.safetensors"
+            tensors = resume.read_tensors(file, device=self.workspace.device)
             states = tensors[STATES].split([len(pairs[row].read) for row in rows])
             below |= dict(zip(rows, states, strict=True))
         whole, rows = Texts(pairs, [below[row] for row in range(len(pairs))], layers), iter(range(len(pairs)))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from limbeck import seeding
@@ -71,7 +70,9 @@ def run(cell: Cell, params: Params, workspace: Workspace) -> budgets.Steps:
     model = perceptron(data["train"].images[0].numel(), params.width, len(AFTER), coordinates["seed"])
     if base:
         return (yield from _pretrain(params, model, data, workspace, coordinates["seed"]))
-    model.load_state_dict(load_file(workspace.checkpoints / _file(coordinates["seed"])), strict=False)  # not the head
+    hidden = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(HIDDEN)}
+    left = resume.read_tensors(workspace.checkpoints / _file(coordinates["seed"]), like=hidden)
+    model.load_state_dict(left, strict=False)  # not the head
     work = budgets.Work(model, data, list(HIDDEN), lambda name: name.startswith("head"))
     return (yield from budgets.run(cell, params.shared, workspace, work))
 

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -197,7 +196,7 @@ def outputs_file(task: str, model: str = "teacher") -> str:
 
 def read_outputs(workspace: Workspace, task: str, model: str = "teacher") -> dict[str, Tensor]:
     """What an earlier cell left: logits by split and `states` of the teacher, or an `assistant`'s logits."""
-    return load_file(workspace.checkpoints / outputs_file(task, model))
+    return resume.read_tensors(workspace.checkpoints / outputs_file(task, model))
 
 
 def train_teacher(setup: Setup, task: str, workspace: Workspace) -> Steps:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -190,7 +189,7 @@ def _train_teacher(run: LanguageRun) -> Steps:
 
 def _train_student(run: LanguageRun, coordinates: Mapping[str, Any]) -> Steps:
     """Train a student as its cell says and score it on the cell's split."""
-    teacher = load_file(run.workspace.checkpoints / TEACHER, device=str(run.workspace.device))
+    teacher = resume.read_tensors(run.workspace.checkpoints / TEACHER, device=run.workspace.device)
     weights = _weights(run, coordinates, teacher)
 
     def loss(rows: Tensor) -> dict[str, Tensor]:
