@@ -57,16 +57,16 @@ def sinkd_loss(
     for temperature in (kl_temperature, sinkhorn_temperature):
         require_temperature(temperature)
     _require_equal(student_logits, teacher_logits)
-    (student,) = wide(student_logits)
-    loss = student[:0].sum()
-    if ce_coef:
-        loss = loss + ce_coef * F.cross_entropy(student, labels)
+    terms = []  # computed in this order and summed in another: both decide the gradient's last bits
     if kl_coef:
-        loss = loss + kl_coef * forward_kl(student_logits, teacher_logits, temperature=kl_temperature)
+        terms.append(kl_coef * forward_kl(student_logits, teacher_logits, temperature=kl_temperature))
     if sinkhorn_coef:
         schedule = {"temperature": sinkhorn_temperature, "epsilon": epsilon, "iterations": iterations}
-        loss = loss + sinkhorn_coef * batch_sinkhorn(student_logits, teacher_logits, **schedule)
-    return require_finite(loss)
+        terms.append(sinkhorn_coef * batch_sinkhorn(student_logits, teacher_logits, **schedule))
+    (student,) = wide(student_logits)
+    if ce_coef:
+        terms.insert(0, ce_coef * F.cross_entropy(student, labels))
+    return require_finite(sum(terms, student[:0].sum()))
 
 
 def batch_sinkhorn(
