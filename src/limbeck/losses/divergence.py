@@ -30,7 +30,7 @@ def _logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the kept rows at the temperature, in float32 or wider; the teacher's detached."""
     shape = student_logits.shape
-    if shape != teacher_logits.shape or not shape[-1:]:
+    if shape != teacher_logits.shape or not all(shape[-1:]) or not shape:
         received = f"student {tuple(shape)} and teacher {tuple(teacher_logits.shape)}"
         raise ValueError(f"received logits of shapes {received}, expected equal shapes, with at least one class")
     require_temperature(temperature)
