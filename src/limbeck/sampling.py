@@ -46,7 +46,7 @@ class Completions(NamedTuple):
 
     def rows(self) -> list[Tokens]:
         """The completions without padding."""
-        return [tuple(row[row_mask].tolist()) for row, row_mask in zip(self.tokens, self.mask, strict=True)]
+        return [tuple(row[row_mask].tolist()) for row, row_mask in zip(self.tokens, self.mask.bool(), strict=True)]
 
 
 @runtime_checkable
@@ -272,9 +272,12 @@ def _states(model: Decoder, ids: Tensor, seen: Tensor) -> Tensor:
 
 
 def completion_logprobs(
-    logits: Float[Tensor, "token vocab"], kept: Bool[Tensor, "batch time"], completions: Sequence[Tokens]
+    logits: Float[Tensor, "token vocab"],
+    kept: Bool[Tensor, "batch time"] | Int[Tensor, "batch time"],
+    completions: Sequence[Tokens],
 ) -> Float[Tensor, "batch time"]:
     """log softmax of `completion_logits` at the completions' tokens, padded with 0: what `Completions` would hold."""
+    kept = kept.bool()
     tokens = padded(completions, logits.device)[0][kept]
     values = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     return values.new_zeros(kept.shape).masked_scatter(kept, values)

@@ -7,16 +7,26 @@ detached; float32 or wider. Left out: the factor temperature^2 of DKD's code, an
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
-from limbeck.losses.masking import require_finite
+from limbeck.losses.masking import (
+    Number,
+    logsumexp,
+    probability_times,
+    require_axes,
+    require_finite,
+    require_labels,
+    require_temperature,
+    wide,
+)
 
 _TINY = 1e-12
+_DIRECT = 2**24  # numbers in all differences of pairs: above it their squares come from cdist, which keeps none of them
 
 
 def rkd_distance(
-    student_features: Float[Tensor, "batch student_width"], teacher_features: Float[Tensor, "batch teacher_width"]
+    student_features: Number[Tensor, "batch student_width"], teacher_features: Number[Tensor, "batch teacher_width"]
 ) -> Float[Tensor, ""]:
     """Distances between samples, each in units of the batch's mean distance, compared by Huber's loss.
 
@@ -27,11 +37,12 @@ def rkd_distance(
     Raises ValueError for fewer than two samples, unequal batches, or a loss that is not finite.
     """
     student, teacher = _features(student_features, teacher_features)
-    return require_finite(F.huber_loss(_distances(student), _distances(teacher)))
+    with torch.autocast(student.device.type, enabled=False):
+        return require_finite(F.huber_loss(_distances(student), _distances(teacher)))
 
 
 def rkd_angle(
-    student_features: Float[Tensor, "batch student_width"], teacher_features: Float[Tensor, "batch teacher_width"]
+    student_features: Number[Tensor, "batch student_width"], teacher_features: Number[Tensor, "batch teacher_width"]
 ) -> Float[Tensor, ""]:
     """Angles in the triangles of samples, compared by Huber's loss.
 
@@ -41,11 +52,12 @@ def rkd_angle(
     Raises ValueError for fewer than three samples, unequal batches, or a loss that is not finite.
     """
     student, teacher = _features(student_features, teacher_features, least=3)
-    return require_finite(F.huber_loss(_cosines(student), _cosines(teacher)))
+    with torch.autocast(student.device.type, enabled=False):
+        return require_finite(F.huber_loss(_cosines(student), _cosines(teacher)))
 
 
 def pkd(
-    student_states: Float[Tensor, "layers batch width"], teacher_states: Float[Tensor, "layers batch width"]
+    student_states: Number[Tensor, "layers batch width"], teacher_states: Number[Tensor, "layers batch width"]
 ) -> Float[Tensor, ""]:
     """Squared distance between the directions of hidden states of paired layers.
 
@@ -57,14 +69,14 @@ def pkd(
     if student_states.shape != teacher_states.shape:
         received = f"student {tuple(student_states.shape)} and teacher {tuple(teacher_states.shape)}"
         raise ValueError(f"received states of shapes {received}, expected equal shapes")
-    student, teacher = (F.normalize(_wide(x), dim=-1) for x in (student_states, teacher_states.detach()))
+    student, teacher = (_directions(x) for x in wide(student_states, teacher_states.detach()))
     return require_finite((student - teacher).square().sum(-1).mean())
 
 
 def dkd(
-    student_logits: Float[Tensor, "batch classes"],
-    teacher_logits: Float[Tensor, "batch classes"],
-    labels: Int[Tensor, " batch"],
+    student_logits: Number[Tensor, "batch classes"],
+    teacher_logits: Number[Tensor, "batch classes"],
+    labels: Integer[Tensor, " batch"],
     *,
     target_coef: float,
     rest_coef: float,
@@ -82,49 +94,60 @@ def dkd(
     if student_logits.shape != teacher_logits.shape or student_logits.shape[-1] < 3:
         received = f"student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}"
         raise ValueError(f"received logits of shapes {received}, expected equal shapes of at least three classes")
-    if not temperature > 0:
-        raise ValueError(f"received temperature {temperature}, expected temperature > 0")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < student_logits.shape[-1]:
-        low, high = int(labels.min()), int(labels.max())
-        raise ValueError(f"received labels from {low} to {high}, expected 0 to {student_logits.shape[-1] - 1}")
-    halves = [_split(_wide(x) / temperature, labels) for x in (student_logits, teacher_logits.detach())]
-    (student_binary, student_rest), (teacher_binary, teacher_rest) = halves
-    target = F.kl_div(student_binary, teacher_binary, log_target=True, reduction="batchmean")
-    rest = F.kl_div(student_rest, teacher_rest, log_target=True, reduction="batchmean")
-    return require_finite(target_coef * target + rest_coef * rest)
+    require_temperature(temperature)
+    labels, both = require_labels(labels, student_logits), wide(student_logits, teacher_logits.detach())
+    (student_binary, student_rest), (teacher_binary, teacher_rest) = (_split(x / temperature, labels) for x in both)
+    halves = (target_coef, student_binary, teacher_binary), (rest_coef, student_rest, teacher_rest)
+    terms = [coef * _kl(student, teacher) for coef, student, teacher in halves if coef]
+    return require_finite(sum(terms, both[0][:0].sum()))
+
+
+def _kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """KL(teacher || student), mean over the batch."""
+    return probability_times(teacher_logprobs, teacher_logprobs - student_logprobs).sum() / len(student_logprobs)
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of (label, not label), and of the other classes among themselves."""
     others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
     rest = logits[others].reshape(len(logits), -1)
-    binary = torch.stack([logits.gather(1, labels[:, None])[:, 0], rest.logsumexp(1)], 1)
+    binary = torch.stack([logits.gather(1, labels[:, None])[:, 0], logsumexp(rest)], 1)
     return binary.log_softmax(1), rest.log_softmax(1)
 
 
 def _features(student: Tensor, teacher: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
+    require_axes("student features", student, "batch width")
+    require_axes("teacher features", teacher, "batch width")
     if len(student) != len(teacher) or len(student) < least:
         received = f"{len(student)} student and {len(teacher)} teacher samples"
         raise ValueError(f"received {received}, expected equal numbers of at least {least}")
-    return _wide(student), _wide(teacher).detach()
+    return wide(student)[0], wide(teacher.detach())[0]
 
 
 def _distances(features: Tensor) -> Tensor:
     """Distances of all ordered pairs of distinct samples, in units of their mean."""
     apart = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
-    squares = (features[:, None] - features).square().sum(-1)[apart]
-    distances = (squares + _TINY).sqrt()
+    if len(features) * features.numel() <= _DIRECT:
+        squares = (features[:, None] - features).square().sum(-1)
+    else:
+        squares = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
+    distances = (squares[apart] + _TINY).sqrt()
     return distances / distances.mean()
 
 
 def _cosines(features: Tensor) -> Tensor:
     """Cosines of the angle at j of every ordered triple (i, j, k) of distinct samples."""
-    edges = F.normalize(features[:, None] - features, dim=-1, eps=_TINY)  # [i, j]: from j to i
+    edges = _directions(features[:, None] - features)  # [i, j]: from j to i
     cosines = torch.einsum("ijw,kjw->ijk", edges, edges)
     n = torch.arange(len(features), device=features.device)
     apart = (n[:, None, None] != n[:, None]) & (n[:, None] != n) & (n[:, None, None] != n)
     return cosines[apart]
 
 
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def _directions(vectors: Tensor) -> Tensor:
+    """Each divided by its length. Raises ValueError where a length overflows, which would leave no direction."""
+    lengths = vectors.norm(dim=-1, keepdim=True)
+    if not lengths.isfinite().all():
+        longest = lengths.max().item()
+        raise ValueError(f"received vectors of length {longest}, expected lengths that {vectors.dtype} holds")
+    return vectors / lengths.clamp_min(_TINY)

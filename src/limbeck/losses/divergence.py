@@ -10,41 +10,46 @@ caller's. Low precision is promoted to float32. Longer than 200 lines because ei
 
 import math
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from limbeck.losses.masking import masked_mean, require_finite
+from limbeck.losses.masking import (
+    Mask,
+    Number,
+    masked_mean,
+    probability_times,
+    require_finite,
+    require_mask,
+    require_temperature,
+    wide,
+)
 
 
 def _logprobs(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the kept rows at the temperature, in float32 or wider; the teacher's detached."""
-    if student_logits.shape != teacher_logits.shape:
-        received = f"student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}"
-        raise ValueError(f"received logits of shapes {received}, expected equal shapes")
-    if not temperature > 0:
-        raise ValueError(f"received temperature {temperature}, expected temperature > 0")
+    shape = student_logits.shape
+    if shape != teacher_logits.shape or not all(shape[-1:]) or not shape:
+        received = f"student {tuple(shape)} and teacher {tuple(teacher_logits.shape)}"
+        raise ValueError(f"received logits of shapes {received}, expected equal shapes, with at least one class")
+    require_temperature(temperature)
     if mask is not None:
-        if mask.shape != student_logits.shape[:-1]:
-            expected = tuple(student_logits.shape[:-1])
-            raise ValueError(f"received a mask of shape {tuple(mask.shape)}, expected {expected}")
+        mask = require_mask(mask, shape[:-1])
         student_logits, teacher_logits = student_logits[mask], teacher_logits[mask]
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    student, teacher = ((x.to(dtype) / temperature).log_softmax(-1) for x in (student_logits, teacher_logits))
-    return student, teacher.detach()
+    logits = wide(student_logits, teacher_logits.detach())
+    student, teacher = ((x / temperature).log_softmax(-1) for x in logits)
+    return student, teacher
 
 
-def _expectation(logprobs: Tensor, values: Tensor) -> Tensor:
+def expectation(logprobs: Tensor, values: Tensor) -> Tensor:
     """sum_v p_v x_v, where 0 times infinity is 0 and has gradient 0."""
-    probs = logprobs.exp()
-    return (probs * values.masked_fill(probs == 0, 0)).sum(-1)
+    return probability_times(logprobs, values).sum(-1)
 
 
 def _restored(values: Tensor, mask: Tensor | None) -> Tensor:
     """Values of the kept rows at their places, 0 at the dropped ones."""
-    return values if mask is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+    return values if mask is None else values.new_zeros(mask.shape).masked_scatter(mask != 0, values)
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -52,22 +57,22 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def forward_kl_per_token(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
+    student_logits: Number[Tensor, "*rows classes"],
+    teacher_logits: Number[Tensor, "*rows classes"],
     *,
-    mask: Bool[Tensor, "*rows"] | None = None,
+    mask: Mask[Tensor, "*rows"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, "*rows"]:
     """`forward_kl` of each row, unreduced; 0 where the mask is False."""
     student, teacher = _logprobs(student_logits, teacher_logits, mask, temperature)
-    return _restored(_expectation(teacher, teacher - student), mask)
+    return _restored(expectation(teacher, teacher - student), mask)
 
 
 def forward_kl(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
+    student_logits: Number[Tensor, "*rows classes"],
+    teacher_logits: Number[Tensor, "*rows classes"],
     *,
-    mask: Bool[Tensor, "*rows"] | None = None,
+    mask: Mask[Tensor, "*rows"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
     """KL(teacher || student), exact over the classes, mean over the kept rows.
@@ -84,22 +89,22 @@ def forward_kl(
 
 
 def reverse_kl_per_token(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
+    student_logits: Number[Tensor, "*rows classes"],
+    teacher_logits: Number[Tensor, "*rows classes"],
     *,
-    mask: Bool[Tensor, "*rows"] | None = None,
+    mask: Mask[Tensor, "*rows"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, "*rows"]:
     """`reverse_kl` of each row, unreduced; 0 where the mask is False."""
     student, teacher = _logprobs(student_logits, teacher_logits, mask, temperature)
-    return _restored(_expectation(student, student - teacher), mask)
+    return _restored(expectation(student, student - teacher), mask)
 
 
 def reverse_kl(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
+    student_logits: Number[Tensor, "*rows classes"],
+    teacher_logits: Number[Tensor, "*rows classes"],
     *,
-    mask: Bool[Tensor, "*rows"] | None = None,
+    mask: Mask[Tensor, "*rows"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
     """KL(student || teacher), exact over the classes, mean over the kept rows.
@@ -115,10 +120,10 @@ def reverse_kl(
 
 
 def jensen_shannon_per_token(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
+    student_logits: Number[Tensor, "*rows classes"],
+    teacher_logits: Number[Tensor, "*rows classes"],
     *,
-    mask: Bool[Tensor, "*rows"] | None = None,
+    mask: Mask[Tensor, "*rows"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, "*rows"]:
     """`jensen_shannon` of each row, unreduced; 0 where the mask is False."""
@@ -126,14 +131,14 @@ def jensen_shannon_per_token(
     total = student.exp() + teacher.exp()
     # Where both probabilities are 0 both weights are 0: any finite number will do, and log 0 has no gradient.
     middle = total.masked_fill(total == 0, 1).log() - math.log(2)
-    return _restored((_expectation(teacher, teacher - middle) + _expectation(student, student - middle)) / 2, mask)
+    return _restored((expectation(teacher, teacher - middle) + expectation(student, student - middle)) / 2, mask)
 
 
 def jensen_shannon(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
+    student_logits: Number[Tensor, "*rows classes"],
+    teacher_logits: Number[Tensor, "*rows classes"],
     *,
-    mask: Bool[Tensor, "*rows"] | None = None,
+    mask: Mask[Tensor, "*rows"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
     """Jensen-Shannon divergence, mean over the kept rows.
@@ -150,10 +155,10 @@ def jensen_shannon(
 
 
 def total_variation_per_token(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
+    student_logits: Number[Tensor, "*rows classes"],
+    teacher_logits: Number[Tensor, "*rows classes"],
     *,
-    mask: Bool[Tensor, "*rows"] | None = None,
+    mask: Mask[Tensor, "*rows"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, "*rows"]:
     """`total_variation` of each row, unreduced; 0 where the mask is False."""
@@ -162,10 +167,10 @@ def total_variation_per_token(
 
 
 def total_variation(
-    student_logits: Float[Tensor, "*rows classes"],
-    teacher_logits: Float[Tensor, "*rows classes"],
+    student_logits: Number[Tensor, "*rows classes"],
+    teacher_logits: Number[Tensor, "*rows classes"],
     *,
-    mask: Bool[Tensor, "*rows"] | None = None,
+    mask: Mask[Tensor, "*rows"] | None = None,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
     """Total variation distance, mean over the kept rows.

@@ -8,11 +8,21 @@ KL approximations).
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from limbeck.losses import divergence
-from limbeck.losses.masking import masked_mean, require_choice, require_finite, require_mask
+from limbeck.losses.masking import (
+    Mask,
+    Number,
+    logsumexp,
+    masked_mean,
+    probability_times,
+    require_choice,
+    require_finite,
+    require_mask,
+    wide,
+)
 
 KINDS = ("k1", "k2", "k3")
 SUPPORTS = ("student", "teacher")
@@ -20,7 +30,7 @@ FORMS = ("raw", "renormalised", "tail")
 
 
 def kl_estimate(
-    kind: str, student_logprobs: Float[Tensor, "*tokens"], teacher_logprobs: Float[Tensor, "*tokens"]
+    kind: str, student_logprobs: Number[Tensor, "*tokens"], teacher_logprobs: Number[Tensor, "*tokens"]
 ) -> Float[Tensor, "*tokens"]:
     """An estimate of KL(student || teacher) from each token that the student sampled.
 
@@ -29,59 +39,66 @@ def kl_estimate(
     k1 and k3 have the right mean, k2 has the right gradient. k1 may be negative; k3 grows as exp(R) where the teacher
     likes the token much better.
     Units: nats a token. Gradient: to the student; the teacher is detached.
-    Raises ValueError for an unknown kind.
+    Raises ValueError for an unknown kind, or unequal shapes.
     """
     require_choice("kind", kind, KINDS)
-    ratio = teacher_logprobs.detach() - student_logprobs
+    _require_equal("log-probabilities", student_logprobs, teacher_logprobs)
+    student, teacher = wide(student_logprobs, teacher_logprobs.detach())
+    ratio = teacher - student
     if kind == "k1":
         return -ratio
     return ratio.square() / 2 if kind == "k2" else ratio.expm1() - ratio
 
 
 def top_k_reverse_kl_per_token(
-    student_logits: Float[Tensor, "*rows vocab"],
-    teacher_logits: Float[Tensor, "*rows vocab"],
+    student_logits: Number[Tensor, "*rows vocab"],
+    teacher_logits: Number[Tensor, "*rows vocab"],
     *,
     k: int,
     support: str = "student",
     form: str = "raw",
 ) -> Float[Tensor, "*rows"]:
     """`top_k_reverse_kl` of each row, unreduced."""
-    if student_logits.shape != teacher_logits.shape:
-        received = f"student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}"
-        raise ValueError(f"received logits of shapes {received}, expected equal shapes")
+    _require_equal("logits", student_logits, teacher_logits)
     require_choice("support", support, SUPPORTS)
     require_choice("form", form, FORMS)
     vocabulary = student_logits.shape[-1]
     if not 1 <= k <= vocabulary:
         raise ValueError(f"received k {k}, expected 1 to the vocabulary's {vocabulary}")
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    student, teacher = student_logits.to(dtype), teacher_logits.to(dtype).detach()
+    student, teacher = wide(student_logits, teacher_logits.detach())
     chosen = (student if support == "student" else teacher).topk(k, -1).indices
-    inside = divergence.reverse_kl_per_token(student.gather(-1, chosen), teacher.gather(-1, chosen))
+    student_held, teacher_held = student.gather(-1, chosen), teacher.gather(-1, chosen)
     if form == "renormalised" or k == vocabulary:
-        return inside
+        return divergence.reverse_kl_per_token(student_held, teacher_held)
     held = _part(student, teacher, lambda x: x.gather(-1, chosen))
-    total = held[0].exp() * (inside + held[0] - held[1])
+    nothing = (held[0].detach() == -torch.inf)[..., None]  # of the student's is in S, so S has no divergence inside
+    inside = divergence.reverse_kl_per_token(*(x.masked_fill(nothing, 0) for x in (student_held, teacher_held)))
+    total = probability_times(held[0], inside + held[0] - held[1])
     if form == "tail":
         rest = _part(student, teacher, lambda x: x.scatter(-1, chosen, -torch.inf))
-        total = total + rest[0].exp() * (rest[0] - rest[1])
+        total = total + probability_times(rest[0], rest[0] - rest[1])
     return total
+
+
+def _require_equal(name: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        received = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        raise ValueError(f"received {name} of shapes {received}, expected equal shapes")
 
 
 def _part(student: Tensor, teacher: Tensor, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The logarithm of the probability that each gives to a part of the vocabulary."""
-    return tuple(part(x).logsumexp(-1) - x.logsumexp(-1) for x in (student, teacher))
+    return tuple(logsumexp(part(x)) - x.logsumexp(-1) for x in (student, teacher))
 
 
 def top_k_reverse_kl(
-    student_logits: Float[Tensor, "*rows vocab"],
-    teacher_logits: Float[Tensor, "*rows vocab"],
+    student_logits: Number[Tensor, "*rows vocab"],
+    teacher_logits: Number[Tensor, "*rows vocab"],
     *,
     k: int,
     support: str = "student",
     form: str = "raw",
-    mask: Bool[Tensor, "*rows"] | None = None,
+    mask: Mask[Tensor, "*rows"] | None = None,
 ) -> Float[Tensor, ""]:
     """KL(student || teacher) cut to the k most probable tokens S of the student or the teacher, mean over kept rows.
 
@@ -94,8 +111,9 @@ def top_k_reverse_kl(
     Units: nats a row. Gradient: to the student; the choice of S and the teacher are detached.
     Raises ValueError for unequal shapes, wrong options, an empty mask, or a loss that is not finite.
     """
+    _require_equal("logits", student_logits, teacher_logits)
     if mask is not None:
-        require_mask(mask, student_logits[..., 0])
+        mask = require_mask(mask, student_logits.shape[:-1])
         student_logits, teacher_logits = student_logits[mask], teacher_logits[mask]
     values = top_k_reverse_kl_per_token(student_logits, teacher_logits, k=k, support=support, form=form)
     return require_finite(masked_mean(values, None))

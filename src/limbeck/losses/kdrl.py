@@ -5,19 +5,21 @@ sampled token, p teacher, q student, the joint loss with k2 moves each token by 
 the advantage after the group's normalisation is the same.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from limbeck.losses import estimates, policy
-from limbeck.losses.masking import require_choice
+from limbeck.losses.masking import Mask, Number, require_axes, require_choice, require_finite, require_mask, wide
 
 LEVELS = ("none", "response", "group")
 DENOMINATORS = ("all", "kept")
 PLACEMENTS = ("pre", "mean", "post")
 
 
-def kd_mask(correct: Bool[Tensor, "prompt group"], level: str) -> Bool[Tensor, "prompt group"]:
+def kd_mask(correct: Mask[Tensor, "prompt group"], level: str) -> Bool[Tensor, "prompt group"]:
     """Which completions learn from the teacher: all, the wrong ones, or those of prompts that no completion solves.
 
     "none" masks nothing. At "group" level, if the reward says no more than the verifier, the two signals act on
@@ -25,6 +27,8 @@ def kd_mask(correct: Bool[Tensor, "prompt group"], level: str) -> Bool[Tensor, "
     Raises ValueError for an unknown level.
     """
     require_choice("level", level, LEVELS)
+    require_axes("what is correct", correct, "prompt group")
+    correct = require_mask(correct, correct.shape, "mask `correct`")
     if level == "none":
         return torch.ones_like(correct)
     return ~correct if level == "response" else ~correct.any(1, keepdim=True).expand_as(correct)
@@ -34,9 +38,9 @@ def kd_schedule(step: int, *, initial: float, decay: float, floor: float) -> flo
     """The weight of the teacher at a step, counted from 0: max(initial - decay * step, floor).
 
     The paper: initial 5e-3, decay 5e-5, floor 1e-3, reached at step 80 of 280. A constant has decay 0.
-    Raises ValueError unless step >= 0, decay >= 0 and initial >= floor >= 0.
+    Raises ValueError unless step >= 0, decay >= 0 and initial >= floor >= 0, all finite.
     """
-    if step < 0 or not decay >= 0 or not initial >= floor >= 0:
+    if not (0 <= step < math.inf and 0 <= decay < math.inf and math.inf > initial >= floor >= 0):
         received = f"step={step}, initial={initial}, decay={decay}, floor={floor}"
         raise ValueError(f"received {received}, expected step >= 0, decay >= 0 and initial >= floor >= 0")
     return max(initial - decay * step, floor)
@@ -44,11 +48,11 @@ def kd_schedule(step: int, *, initial: float, decay: float, floor: float) -> flo
 
 def kd_per_token(
     kind: str,
-    logprobs: Float[Tensor, "batch time"],
-    old_logprobs: Float[Tensor, "batch time"],
-    teacher_logprobs: Float[Tensor, "batch time"],
+    logprobs: Number[Tensor, "batch time"],
+    old_logprobs: Number[Tensor, "batch time"],
+    teacher_logprobs: Number[Tensor, "batch time"],
     *,
-    mask: Bool[Tensor, "batch time"],
+    mask: Mask[Tensor, "batch time"],
     diagnostic: bool = False,
 ) -> Float[Tensor, "batch time"]:
     """The teacher's term of each token, unreduced; 0 outside the mask.
@@ -56,18 +60,23 @@ def kd_per_token(
     sg[rho] kl_estimate(kind), rho = pi / pi_old: 1 on-policy; off-policy it keeps k2's gradient that of reverse KL.
 
     k2 minimises reverse KL, k3 forward KL, at every visited prefix; neither sees that a token changes later prefixes.
+    A token that the policy no longer samples has rho 0: 0 in k2, but in k3 not (rho exp(R) stays), so infinite.
     Units: nats a token. Gradient: to logprobs; the ratio and the others are detached.
     Raises ValueError for k1, whose gradient is noise of mean 0, unless `diagnostic`.
     """
     if kind == "k1" and not diagnostic:
         raise ValueError("received kind 'k1', whose expected gradient as a loss is 0; expected k2 or k3")
+    mask = require_mask(mask, logprobs.shape)
+    if kind == "k2":
+        mask = mask & (logprobs != -torch.inf)
     student, old, teacher = (policy.masked(x, mask) for x in (logprobs, old_logprobs, teacher_logprobs))
-    return (student - old).exp().detach() * estimates.kl_estimate(kind, student, teacher)
+    ratio, estimate = (student - old).exp().detach(), estimates.kl_estimate(kind, student, teacher)
+    return ratio.masked_fill(ratio.isinf() & (estimate == 0), 0) * estimate
 
 
 def kd_weights(
-    mask: Bool[Tensor, "batch time"],
-    keep: Bool[Tensor, " batch"] | None = None,
+    mask: Mask[Tensor, "batch time"],
+    keep: Mask[Tensor, " batch"] | None = None,
     *,
     denominator: str = "all",
     normalise: str = "token",
@@ -80,6 +89,9 @@ def kd_weights(
     All 0 where nothing is kept. Raises ValueError for an unknown denominator, and as `token_weights`.
     """
     require_choice("denominator", denominator, DENOMINATORS)
+    require_axes("a mask", mask, "batch time")
+    mask = require_mask(mask, mask.shape)
+    keep = None if keep is None else require_mask(keep, mask.shape[:1], "mask `keep`")
     kept = mask if keep is None else mask & keep[:, None]
     if denominator == "kept" and keep is not None and kept.any():
         weights = policy.token_weights(kept[keep], normalise=normalise, longest=longest)
@@ -88,15 +100,15 @@ def kd_weights(
 
 
 def kdrl_loss(
-    logprobs: Float[Tensor, "batch time"],
-    old_logprobs: Float[Tensor, "batch time"],
-    advantages: Float[Tensor, " batch"] | Float[Tensor, "batch time"] | None,
-    kd: Float[Tensor, "batch time"] | None,
+    logprobs: Number[Tensor, "batch time"],
+    old_logprobs: Number[Tensor, "batch time"],
+    advantages: Number[Tensor, " batch"] | Number[Tensor, "batch time"] | None,
+    kd: Number[Tensor, "batch time"] | None,
     *,
-    mask: Bool[Tensor, "batch time"],
+    mask: Mask[Tensor, "batch time"],
     kd_coef: float,
-    weights: Float[Tensor, "batch time"] | None = None,
-    teacher_weights: Float[Tensor, "batch time"] | None = None,
+    weights: Number[Tensor, "batch time"] | None = None,
+    teacher_weights: Number[Tensor, "batch time"] | None = None,
     clip_eps: float | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """The joint loss as its two terms, whose sum it is: `policy`, GRPO's, and `kd`, kd_coef times the teacher's.
@@ -119,21 +131,21 @@ def kdrl_loss(
         terms["policy"] = policy.weighted_sum(gain, weights)
     if kd is not None and kd_coef:
         shares = weights if teacher_weights is None else teacher_weights
-        terms["kd"] = kd_coef * policy.weighted_sum(policy.masked(kd, mask), shares)
+        terms["kd"] = require_finite(kd_coef * policy.weighted_sum(policy.masked(kd, mask), shares))
     if not terms:
         raise ValueError(f"received no advantages and kd_coef {kd_coef}, expected advantages, or a teacher's term")
     return terms
 
 
 def shaped_advantages(
-    rewards: Float[Tensor, "prompt group"],
-    log_ratios: Float[Tensor, "prompt group time"],
+    rewards: Number[Tensor, "prompt group"],
+    log_ratios: Number[Tensor, "prompt group time"],
     *,
-    mask: Bool[Tensor, "prompt group time"],
+    mask: Mask[Tensor, "prompt group time"],
     kd_coef: float,
     placement: str,
     scale: str = "std",
-    counted: Bool[Tensor, "prompt group"] | None = None,
+    counted: Mask[Tensor, "prompt group"] | None = None,
 ) -> Float[Tensor, "prompt group time"]:
     """The teacher in the reward instead of the loss: an advantage a token, for `policy.grpo_loss`.
 
@@ -147,7 +159,13 @@ def shaped_advantages(
     Raises ValueError for an unknown placement, and as `policy.group_advantages`.
     """
     require_choice("placement", placement, PLACEMENTS)
-    log_ratios = log_ratios.detach().masked_fill(~mask, 0)
+    require_axes("log-ratios", log_ratios, "prompt group time")
+    if rewards.shape != log_ratios.shape[:2]:
+        shapes = f"rewards {tuple(rewards.shape)} and log-ratios {tuple(log_ratios.shape)}"
+        raise ValueError(f"received {shapes}, expected equal prompts and groups")
+    mask = require_mask(mask, log_ratios.shape)
+    rewards, log_ratios = wide(rewards.detach(), log_ratios.detach())
+    log_ratios = log_ratios.masked_fill(~mask if kd_coef else torch.ones_like(mask), 0)
     if placement == "post":
         advantages = policy.group_advantages(rewards, scale=scale, counted=counted)
         return advantages[..., None] * mask + kd_coef * log_ratios

@@ -9,20 +9,30 @@ and the released T0 code takes the softmax over positions; here it is always ove
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from limbeck.losses.divergence import forward_kl
-from limbeck.losses.masking import masked_mean, require_finite
+from limbeck.losses.masking import (
+    Mask,
+    Number,
+    masked_mean,
+    require_axes,
+    require_finite,
+    require_labels,
+    require_mask,
+    require_temperature,
+    wide,
+)
 from limbeck.losses.transport import sinkhorn_distance
 
 FORMS = ("position", "sequence", "tokens", "answer")
 
 
 def sinkd_loss(
-    student_logits: Float[Tensor, "batch classes"],
-    teacher_logits: Float[Tensor, "batch classes"],
-    labels: Int[Tensor, " batch"],
+    student_logits: Number[Tensor, "batch classes"],
+    teacher_logits: Number[Tensor, "batch classes"],
+    labels: Integer[Tensor, " batch"],
     *,
     ce_coef: float,
     kl_coef: float,
@@ -36,26 +46,32 @@ def sinkd_loss(
 
     ce_coef CE(labels, student) + kl_coef KL(teacher || student) at kl_temperature + sinkhorn_coef sum_ij P_ij D_ij at
     sinkhorn_temperature (SinKD, section on the batch-wise form; coefficients as in the released encoder-only code).
+    A term of coefficient 0 is not computed.
 
     The first two terms are means over the batch and the last is a sum: doubling the batch doubles its share.
     Units: nats for the first two; the last as `batch_sinkhorn`. Gradient: to the student only, unrolled.
     Raises ValueError for unequal shapes, a label that is no class, a temperature or epsilon <= 0, or a loss that is not
     finite.
     """
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < student_logits.shape[-1]:
-        low, high = int(labels.min()), int(labels.max())
-        raise ValueError(f"received labels from {low} to {high}, expected 0 to {student_logits.shape[-1] - 1}")
-    kl = forward_kl(student_logits, teacher_logits, temperature=kl_temperature)
-    transport = batch_sinkhorn(
-        student_logits, teacher_logits, temperature=sinkhorn_temperature, epsilon=epsilon, iterations=iterations
-    )
-    ce = F.cross_entropy(_wide(student_logits), labels)
-    return require_finite(ce_coef * ce + kl_coef * kl + sinkhorn_coef * transport)
+    labels = require_labels(labels, student_logits)
+    for temperature in (kl_temperature, sinkhorn_temperature):
+        require_temperature(temperature)
+    _require_equal(student_logits, teacher_logits)
+    terms = []  # computed in this order and summed in another: both decide the gradient's last bits
+    if kl_coef:
+        terms.append(kl_coef * forward_kl(student_logits, teacher_logits, temperature=kl_temperature))
+    if sinkhorn_coef:
+        schedule = {"temperature": sinkhorn_temperature, "epsilon": epsilon, "iterations": iterations}
+        terms.append(sinkhorn_coef * batch_sinkhorn(student_logits, teacher_logits, **schedule))
+    (student,) = wide(student_logits)
+    if ce_coef:
+        terms.insert(0, ce_coef * F.cross_entropy(student, labels))
+    return require_finite(sum(terms, student[:0].sum()))
 
 
 def batch_sinkhorn(
-    student_logits: Float[Tensor, "batch classes"],
-    teacher_logits: Float[Tensor, "batch classes"],
+    student_logits: Number[Tensor, "batch classes"],
+    teacher_logits: Number[Tensor, "batch classes"],
     *,
     temperature: float = 2.0,
     epsilon: float = 0.1,
@@ -73,6 +89,7 @@ def batch_sinkhorn(
     """
     if group is not None and group < 1:
         raise ValueError(f"received group {group}, expected group >= 1")
+    _require_equal(student_logits, teacher_logits)
     parts = (_probs(logits, temperature).split(group or len(logits)) for logits in (student_logits, teacher_logits))
     return sum(
         sinkhorn_distance(student, teacher, epsilon=epsilon, iterations=iterations, p=p, debias=debias)
@@ -81,10 +98,10 @@ def batch_sinkhorn(
 
 
 def sequence_sinkhorn(
-    student_logits: Float[Tensor, "batch time vocab"],
-    teacher_logits: Float[Tensor, "batch time vocab"],
+    student_logits: Number[Tensor, "batch time vocab"],
+    teacher_logits: Number[Tensor, "batch time vocab"],
     *,
-    mask: Bool[Tensor, "batch time"],
+    mask: Mask[Tensor, "batch time"],
     form: str,
     temperature: float = 2.0,
     epsilon: float = 0.1,
@@ -105,6 +122,8 @@ def sequence_sinkhorn(
     if student_logits.shape != teacher_logits.shape or mask.shape != student_logits.shape[:2]:
         shapes = tuple(student_logits.shape), tuple(teacher_logits.shape), tuple(mask.shape)
         raise ValueError(f"received logits {shapes[0]} and {shapes[1]} and mask {shapes[2]}, expected them to agree")
+    require_axes("student logits", student_logits, "batch time vocab")
+    mask = require_mask(mask, student_logits.shape[:2])
     if form == "answer":
         mask = mask & (mask.cumsum(1) == 1)
     student, teacher = (_probs(x[mask], temperature) for x in (student_logits, teacher_logits))
@@ -123,16 +142,18 @@ def annealed_temperature(initial: float, *, epoch: int, epochs: int) -> float:
     T(e) = initial + (1 - initial) e / (epochs - 1) (released code). A single epoch stays at `initial`.
     Raises ValueError unless 0 <= epoch < epochs.
     """
+    require_temperature(initial)
     if not 0 <= epoch < epochs:
         raise ValueError(f"received epoch {epoch}, expected 0 to {epochs - 1}")
     return initial + (1 - initial) * epoch / max(epochs - 1, 1)
 
 
+def _require_equal(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
+        received = f"student {tuple(student_logits.shape)} and teacher {tuple(teacher_logits.shape)}"
+        raise ValueError(f"received {received}, expected equal shapes, a batch of classes")
+
+
 def _probs(logits: Tensor, temperature: float) -> Tensor:
-    if not temperature > 0:
-        raise ValueError(f"received temperature {temperature}, expected temperature > 0")
-    return (_wide(logits) / temperature).softmax(-1)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    require_temperature(temperature)
+    return (wide(logits)[0] / temperature).softmax(-1)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from limbeck.losses.manhattan import Manhattan
-from limbeck.losses.masking import require_finite
+from limbeck.losses.masking import Number, require_axes, require_finite, wide
 
 DEEPEST = -600.0  # exp of it is still a normal float64
 
@@ -37,13 +37,13 @@ def _require_choice(name: str, value: object, choices: tuple) -> None:
 def _pair(student_probs: Tensor, teacher_probs: Tensor, first_equal: int) -> tuple[Tensor, Tensor]:
     """Both in one dtype, float32 or wider, the teacher's detached; their axes agree from `first_equal` on."""
     shapes = tuple(student_probs.shape), tuple(teacher_probs.shape)
+    require_axes("student probabilities", student_probs, "batch classes")
     if shapes[0][first_equal:] != shapes[1][first_equal:] or 0 in shapes[0] + shapes[1]:
         expected = "equal shapes" if first_equal == 0 else "equal numbers of classes"
         raise ValueError(
             f"received student {shapes[0]} and teacher {shapes[1]}, expected {expected}, none of them empty"
         )
-    dtype = torch.promote_types(torch.promote_types(student_probs.dtype, teacher_probs.dtype), torch.float32)
-    return student_probs.to(dtype), teacher_probs.to(dtype).detach()
+    return tuple(wide(student_probs, teacher_probs.detach()))
 
 
 def _cost(student: Tensor, teacher: Tensor, p: int) -> Tensor:
@@ -63,7 +63,7 @@ def _plan(cost: Tensor, epsilon: float, iterations: int, total: float) -> Tensor
 
 
 def sinkhorn_plan(
-    cost: Float[Tensor, "students teachers"], *, epsilon: float = 0.1, iterations: int = 20, mass: str = "batch"
+    cost: Number[Tensor, "students teachers"], *, epsilon: float = 0.1, iterations: int = 20, mass: str = "batch"
 ) -> Float[Tensor, "students teachers"]:
     """The entropic transport plan of a cost, with uniform marginals.
 
@@ -77,17 +77,18 @@ def sinkhorn_plan(
     """
     _require_schedule(epsilon, iterations)
     _require_choice("mass", mass, ("batch", "unit"))
+    require_axes("a cost", cost, "students teachers")
     if cost.numel() == 0:
         raise ValueError(f"received a cost of shape {tuple(cost.shape)}, expected at least one student and one teacher")
-    cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
+    (cost,) = wide(cost)
     plan = _plan(cost, epsilon, iterations, float(len(cost)) if mass == "batch" else 1.0)
     require_finite(plan.detach().sum())
     return plan
 
 
 def sinkhorn_distance(
-    student_probs: Float[Tensor, "batch classes"],
-    teacher_probs: Float[Tensor, "teachers classes"],
+    student_probs: Number[Tensor, "batch classes"],
+    teacher_probs: Number[Tensor, "teachers classes"],
     *,
     epsilon: float = 0.1,
     iterations: int = 20,
@@ -170,8 +171,8 @@ def _sample_transport(
 
 
 def sample_value_cost(
-    student_probs: Float[Tensor, "batch classes"],
-    teacher_probs: Float[Tensor, "batch classes"],
+    student_probs: Number[Tensor, "batch classes"],
+    teacher_probs: Number[Tensor, "batch classes"],
     *,
     epsilon: float = 0.1,
     iterations: int = 20,
@@ -192,8 +193,8 @@ def sample_value_cost(
 
 
 def sample_zero_one(
-    student_probs: Float[Tensor, "batch classes"],
-    teacher_probs: Float[Tensor, "batch classes"],
+    student_probs: Number[Tensor, "batch classes"],
+    teacher_probs: Number[Tensor, "batch classes"],
     *,
     epsilon: float = 0.1,
     iterations: int = 20,
@@ -212,8 +213,8 @@ def sample_zero_one(
 
 
 def sample_index_cost_per_row(
-    student_probs: Float[Tensor, "batch classes"],
-    teacher_probs: Float[Tensor, "batch classes"],
+    student_probs: Number[Tensor, "batch classes"],
+    teacher_probs: Number[Tensor, "batch classes"],
     *,
     epsilon: float = 0.1,
     iterations: int = 20,
@@ -237,7 +238,7 @@ def sample_index_cost_per_row(
 
 
 def sample_l1(
-    student_probs: Float[Tensor, "batch classes"], teacher_probs: Float[Tensor, "batch classes"]
+    student_probs: Number[Tensor, "batch classes"], teacher_probs: Number[Tensor, "batch classes"]
 ) -> Float[Tensor, ""]:
     """L1 distance between each sample's probabilities, mean over rows.
 

@@ -40,10 +40,14 @@ def device(name: str) -> torch.device:
 def precision(name: str, where: torch.device) -> torch.dtype:
     """The dtype of the matrix products: `auto` is bfloat16 on cuda and float32 on every CPU.
 
-    So two CPUs differ in last bits only, whatever they have in hardware.
+    So two CPUs differ in last bits only, whatever they have in hardware. Raises ValueError for a name that is no dtype
+    of real numbers.
     """
     if name != "auto":
-        return getattr(torch, name)
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"received precision {name!r}, expected auto, float32, bfloat16 or another of torch's")
+        return dtype
     return torch.bfloat16 if where.type == "cuda" else torch.float32
 
 

@@ -4,6 +4,7 @@ An arm is wiring of `losses`, of `kdrl_loss` but for SFT; KDRL's variants differ
 completions is the run's sampler: the policy, or for SFT the teacher. `arm` and `objective` are the way in.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from limbeck.losses import divergence, estimates, kdrl, policy
-from limbeck.losses.masking import require_choice
+from limbeck.losses.masking import require_choice, wide
 from limbeck.training.grpo import Objective, Terms
 from limbeck.training.rollouts import Metrics, Rollout, Scores
 
-_TOP_K = re.compile(r"(raw|renormalised|tail)_(student|teacher)_(\d+)")
+_TOP_K = re.compile(r"(raw|renormalised|tail)_(student|teacher)_([1-9]\d*)")
 _ANNEALED = {"initial": 2.5, "floor": 0.5, "reached": 80 / 280}  # of the best constant, and of the steps; the paper's
 
 
@@ -84,15 +85,21 @@ def objective(
     (from 2.5 times to half of it, reached at 80 / 280 of the steps). A `switch` arm is distillation alone before that
     step and GRPO alone from it on. Every `measure_every` steps the exact reverse KL to the teacher, where the run has
     one, is measured too.
-    Raises ValueError for a switch arm without its step, or the reverse.
+    Raises ValueError for a switch arm without its step, or the reverse, for a weight or number out of range, and at a
+    step whose arm asks a teacher that the rollout lacks.
     """
     if (method.schedule == "switch") != (switch is not None):
         raise ValueError(f"received switch={switch} with schedule={method.schedule!r}, expected it with 'switch' alone")
+    if not 0 <= kd_coef < math.inf or steps < 1 or measure_every < 1:
+        received = f"kd_coef={kd_coef}, steps={steps}, measure_every={measure_every}"
+        raise ValueError(f"received {received}, expected a finite kd_coef >= 0 and the others at least 1")
 
     def at_step(step: int, rollout: Rollout) -> tuple[Callable[[Scores], Terms], Metrics]:
         current = method
         if switch is not None:
             current = ARMS["kd"] if step < switch else ARMS["grpo"]
+        if current.asks_teacher and rollout.teacher_logprobs is None:
+            raise ValueError(f"received a rollout without teacher_logprobs, expected them for kd={current.kd!r}")
         coef = _coefficient(current, kd_coef, step, steps)
         return _step_objective(current, coef, rollout, measured=step % measure_every == 0)
 
@@ -121,6 +128,7 @@ def _step_objective(
     keep = kdrl.kd_mask(rollout.correct, method.level).flatten()
     teacher_weights = _teacher_weights(method, rollout, keep)
     text_weights = _text_weights(method, rollout)
+    teaches = bool(coef) and method.kd not in kdrl.PLACEMENTS
 
     def terms(scores: Scores) -> Terms:
         rows = scores.rows
@@ -131,7 +139,7 @@ def _step_objective(
             scores.logprobs,
             rollout.old_logprobs[rows],
             None if advantages is None else advantages[rows],
-            _teachers_term(method.kd, rollout, scores) if coef and method.kd not in kdrl.PLACEMENTS else None,
+            _teachers_term(method.kd, rollout, scores, teacher_weights[rows]) if teaches else None,
             mask=scores.mask,
             kd_coef=coef,
             weights=weights[rows],
@@ -177,24 +185,26 @@ def _advantages(method: Arm, coef: float, rollout: Rollout) -> Tensor | None:
     ).flatten(0, 1)
 
 
-def _teachers_term(kind: str, rollout: Rollout, scores: Scores) -> Tensor:
-    """The divergence from the teacher at each token."""
+def _teachers_term(kind: str, rollout: Rollout, scores: Scores, weights: Tensor) -> Tensor:
+    """The divergence from the teacher at each token that learns from it; at others 0, whatever the two say there."""
+    mask = scores.mask & (weights != 0)
     if kind in estimates.KINDS:
         old, teacher = rollout.old_logprobs[scores.rows], rollout.teacher_logprobs[scores.rows]
-        return kdrl.kd_per_token(kind, scores.logprobs, old, teacher, mask=scores.mask)
+        return kdrl.kd_per_token(kind, scores.logprobs, old, teacher, mask=mask)
+    learns = mask[scores.mask]
+    student, teacher = (x if learns.all() else x[learns] for x in (scores.logits, scores.teacher_logits()))
     if kind == "exact":
-        return scores.restored(divergence.reverse_kl_per_token(scores.logits, scores.teacher_logits()))
-    form, support, k = _TOP_K.fullmatch(kind).groups()
-    teacher_logits = scores.teacher_logits()
-    return scores.restored(
-        estimates.top_k_reverse_kl_per_token(scores.logits, teacher_logits, k=int(k), support=support, form=form)
-    )
+        values = divergence.reverse_kl_per_token(student, teacher)
+    else:
+        form, support, k = _TOP_K.fullmatch(kind).groups()
+        values = estimates.top_k_reverse_kl_per_token(student, teacher, k=int(k), support=support, form=form)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def _entropies(logits: Tensor) -> Tensor:
     """The entropy of each next token in nats; measured, without gradient."""
-    logprobs = logits.detach().log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    logprobs = wide(logits.detach())[0].log_softmax(-1)
+    return -divergence.expectation(logprobs, logprobs)
 
 
 def _teacher_metrics(method: Arm, coef: float, rollout: Rollout, keep: Tensor, advantages: Tensor | None) -> Metrics:
@@ -221,6 +231,7 @@ def _teacher_metrics(method: Arm, coef: float, rollout: Rollout, keep: Tensor, a
     if method.reward and method.kd == "k2":
         each = advantages[:, None].expand_as(mask)[mask].double()
         teacher_weights = _teacher_weights(method, rollout, keep)[mask]
-        together = policy.token_weights(rollout.mask)[mask] * each + coef * teacher_weights * ratios
+        pulls = coef * teacher_weights * ratios.masked_fill(teacher_weights == 0, 0)
+        together = policy.token_weights(rollout.mask)[mask] * each + pulls
         metrics["kd/flipped"] = (each * together < 0).double().mean().item()
     return metrics

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedTokenizerBase
 
 from limbeck import models, sampling
+from limbeck.losses.masking import require_mask
 from limbeck.sampling import Decoder, Sampler, Tokens
 
 T = TypeVar("T")
@@ -106,6 +107,12 @@ class Rollout:
         """The mask of the tokens in which a teacher has a say."""
         return self.mask if self.teacher_mask is None else self.teacher_mask
 
+    def __post_init__(self) -> None:
+        """What selects becomes boolean. Raises ValueError for a value that is neither 0 nor 1."""
+        for name in ("mask", "ended", "correct"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, require_mask(values, values.shape, f"mask `{name}`"))
+
     @property
     def metrics(self) -> Metrics:
         """Means over the step, of rewards over what was judged."""
@@ -165,6 +172,10 @@ class Scores:
     logprobs: Float[Tensor, "row time"]
     logits: Float[Tensor, "token vocab"]
     teacher_logits: Callable[[], Float[Tensor, "token vocab"]]
+
+    def __post_init__(self) -> None:
+        """The mask becomes boolean. Raises ValueError for a value that is neither 0 nor 1."""
+        object.__setattr__(self, "mask", require_mask(self.mask, self.logprobs.shape))
 
     def restored(self, values: Float[Tensor, " token"]) -> Float[Tensor, "row time"]:
         """Values of the tokens at their places, 0 elsewhere."""

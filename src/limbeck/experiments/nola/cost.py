@@ -238,9 +238,10 @@ def _differences(one: Counter, other: Counter) -> int:
 
 
 class _Regenerate(torch.autograd.Function):
-    """sum_i c_i basis_i of each matrix; the backward draws the same bases a second time."""
+    """sum_i c_i basis_i of each matrix, in float32; the backward draws the same bases a second time."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, coefficients: Tensor, sums: "ReleasedSums") -> Tensor:
         ctx.sums = sums
         rows = [row @ sums.bases(seed) for row, seed in zip(coefficients, sums.seeds, strict=True)]
@@ -248,6 +249,7 @@ class _Regenerate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         sums = ctx.sums
         rows = [sums.bases(seed) @ row for row, seed in zip(grad.flatten(1), sums.seeds, strict=True)]
