@@ -338,6 +338,6 @@ def test_a_weight_that_is_computed_is_no_place_to_merge(wrap):
     )
     x = torch.ones(1, 5)
     expected = model(x)
-    with pytest.raises(ValueError, match="received a weight that is computed from others, .* expected a parameter"):
+    with pytest.raises(ValueError, match=r"received a weight that is computed from others, .* expected a parameter"):
         model.merge_adapter()
     assert torch.equal(model(x), expected)
