@@ -2,8 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -152,12 +151,11 @@ class NolaModel(BaseTuner):
             "received add_weighted_adapter for NOLA, expected LoRA: convert each with `to_lora`, add there"
         )
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> AbstractContextManager:
         """PEFT offers a batch with an adapter for each row to LoRA alone, and would else ignore the names."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError("received adapter_names for NOLA, expected none: `set_adapter`, or LoRA by `to_lora`")
-        yield
+        return nullcontext()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NolaModel":
         for module in self.modules():
