@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from limbeck.adapters import checkpoint
 from limbeck.adapters.basis import Bank
 from limbeck.adapters.config import NolaConfig
-from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
+from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear, require_read_back
 
 NAME = "NOLA"
 _HEADS = {"classifier", "score", "qa_outputs"}  # PEFT itself adds these to modules_to_save, for hosts with one of them
@@ -36,6 +36,7 @@ def _layer_class(module: nn.Module, parent: nn.Module, key: str) -> type[NolaLay
             "expected torch.backends.mha.set_fastpath_enabled(False)"
         )
     if isinstance(module, (nn.Linear, Conv1D)):
+        require_read_back(module, key)
         return NolaLinear
     if isinstance(module, nn.Conv2d) and module.groups == 1:
         return NolaConv2d
