@@ -7,8 +7,10 @@ import pickle
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from statistics import NormalDist
 
 import materialised
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -232,3 +234,15 @@ def test_a_checksum_tells_every_difference_and_no_order():
     sums = {checksum, *(Bank().checksum([other, streams[1]]) for other in others)}
     assert len(sums) == 1 + len(others)
     assert Bank({streams[0]: torch.zeros(3, 24)}).checksum(streams) != checksum
+
+
+def test_a_wrong_inverse_of_the_normal_distribution_is_refused_by_name(monkeypatch):
+    right = basis.ndtri
+    monkeypatch.setattr(basis, "ndtri", lambda p: right(p) + 1e-6 * (p < 1e-5))
+    with pytest.raises(ValueError, match=r"received scipy\.special\.ndtri off by 9\.99.*e-07, expected the inverse"):
+        basis._normal_table.__wrapped__()
+
+
+def test_the_whole_table_of_the_normal_distribution_is_that_of_the_standard_library():
+    expected = [NormalDist().inv_cdf((i + 0.5) / 65536) / 3**0.5 for i in range(65536)]
+    np.testing.assert_allclose(basis._normal_table(), expected, rtol=2**-23, atol=2e-9)

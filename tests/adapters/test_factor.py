@@ -5,6 +5,7 @@ import tracemalloc
 import weakref
 from dataclasses import replace
 
+import jaxtyping
 import materialised
 import pytest
 import tiny_hosts
@@ -205,7 +206,8 @@ def test_a_fused_step_is_seen_on_a_device_too_and_frozen_coefficients_are_not_co
 
 
 @pytest.mark.parametrize("budget", [10**6, 0])
-def test_a_compiled_sum_computes_and_learns_as_it_does_uncompiled_from_its_first_call(budget):
+def test_a_compiled_sum_computes_and_learns_as_it_does_uncompiled_from_its_first_call(budget, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     results = []
     for wrap in (functools.partial(torch.compile, backend="eager"), lambda plain: plain):
         factor, weight = Factor(Bank(), streams("x"), K, budget=budget), torch.nn.Parameter(numbers(1, K).detach())

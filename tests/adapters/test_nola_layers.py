@@ -1,6 +1,7 @@
 """Each kind of layer computes with W + s A B, where A B is written out from its bases."""
 
 import itertools
+import warnings
 
 import materialised
 import pytest
@@ -11,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from limbeck.adapters import NolaConfig
-from limbeck.adapters.basis import Stream
+from limbeck.adapters import NolaConfig, quantise
+from limbeck.adapters.basis import Bank, Stream
 from limbeck.adapters.config import INITS
 
 
@@ -239,3 +240,104 @@ def test_coefficients_that_are_moved_train_as_before(trains):
         layer._move_adapter_to_device_of_base_layer("default", torch.device("meta"))
         for coefficients in layer.coefficients("default"):
             assert (coefficients.device.type, coefficients.requires_grad) == ("meta", trains)
+
+
+def coarser(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantise(model, bits=2)
+
+
+def other_numbers(model):
+    for layer in tiny_hosts.nola_layers(model).values():
+        for coefficients in layer.coefficients("default"):
+            coefficients.data.mul_(-3)
+
+
+def other_scale(model):
+    for layer in tiny_hosts.nola_layers(model).values():
+        layer.scaling["default"] *= 7
+
+
+def another_bank(model):
+    for layer in tiny_hosts.nola_layers(model).values():
+        for factor in layer.nola_factors["default"]:
+            factor.take_from(Bank({s: torch.zeros(20, s.size) for s in factor.streams}))
+
+
+def another_adapter(model):
+    model.add_adapter("other", NolaConfig(r=3, num_basis=2, basis_seed=4, init="mean", target_modules=["layer"]))
+    model.merge_adapter(adapter_names=["other"])
+    model.set_adapter("other")
+
+
+def deleted(model):
+    for layer in tiny_hosts.nola_layers(model).values():
+        layer.delete_adapter("default")
+
+
+def broken(model):
+    model.add_adapter("nan", NolaConfig(r=1, num_basis=2, init="mean", target_modules=["layer"]))
+    for layer in tiny_hosts.nola_layers(model).values():
+        layer.coefficients("nan")[0].data.fill_(torch.nan)
+    model.merge_adapter(adapter_names=["nan"])
+
+
+MEANWHILE = [coarser, other_numbers, other_scale, another_bank, another_adapter, deleted, broken]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "3x2"])
+@pytest.mark.parametrize("meanwhile", MEANWHILE, ids=lambda change: change.__name__)
+def test_unmerging_gives_the_base_to_the_bit_whatever_has_become_of_the_adapter(meanwhile, kind, dtype):
+    """PEFT subtracts what the adapter is now, so its base is off by the difference."""
+    model, layer, _ = one(kind)
+    tiny_hosts.perturb(model.to(dtype))
+    before = layer.weight.clone()
+    for safe_merge in (True, False):
+        model.merge_adapter(safe_merge=safe_merge)
+        assert not torch.equal(layer.weight, before)
+        if not safe_merge:
+            meanwhile(model)
+        model.unmerge_adapter()
+        assert torch.equal(layer.weight, before)
+        assert not any(layer.merged for layer in tiny_hosts.nola_layers(model).values())
+
+
+def test_unmerging_after_a_change_of_dtype_gives_the_base_in_it():
+    model, layer, _ = one("linear")
+    tiny_hosts.perturb(model)
+    before = layer.weight.clone()
+    model.merge_adapter()
+    model.float()
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, before.float())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "3x2"])
+def test_unmerging_keeps_what_else_was_done_to_the_base(kind):
+    model, layer, _ = one(kind)
+    tiny_hosts.perturb(model)
+    wanted = layer.weight * 0.5 + 1
+    delta = next(iter(tiny_hosts.nola_layers(model).values())).get_delta_weight("default")
+    model.merge_adapter()
+    layer.weight.data.sub_(delta).mul_(0.5).add_(1).add_(delta)
+    other_numbers(model)
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.weight, wanted, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_a_weight_that_is_computed_is_no_place_to_merge(wrap):
+    """What is written to it is lost at its next computation, and the branch would be skipped."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = wrap(nn.Linear(5, 6))
+    model = tiny_hosts.perturb(
+        get_peft_model(One(layer), NolaConfig(r=2, num_basis=3, target_modules=["layer"])), spread=2
+    )
+    x = torch.ones(1, 5)
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"received a weight that is computed from others, .* expected a parameter"):
+        model.merge_adapter()
+    assert torch.equal(model(x), expected)

@@ -69,7 +69,7 @@ def test_merging_keeps_the_outputs_and_unmerging_gives_the_weights_back(name, dt
     assert weights[0].dtype == dtype
     model.unmerge_adapter()
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[key], atol=1e-6 if dtype == torch.float32 else 0.05, rtol=0)
+        assert torch.equal(value, before[key])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.merge_adapter()
@@ -262,7 +262,7 @@ def test_a_merge_that_would_give_nan_is_refused_and_changes_nothing():
     layer = model.base_model.model.first
     layer.nola_coefficients_a["default"].data[0, 0] = torch.nan
     weight = layer.weight.clone()
-    with pytest.raises(ValueError, match="merged weights with NaN or infinity, expected finite ones from default"):
+    with pytest.raises(ValueError, match="The adapter default seems to be broken"):
         model.merge_and_unload(safe_merge=True)
     assert torch.equal(layer.weight, weight)
 

@@ -116,3 +116,30 @@ def test_what_is_not_a_number_stays_so(way):
     broken = student.detach().clone()
     broken[1, 2] = float("nan")
     assert manhattan.Manhattan.apply(broken, teacher.detach()).isnan().any(1).tolist() == [False, True, False, False]
+
+
+def compiled_wrong(kernel, wrong):
+    def njit(**_):
+        return lambda plain: wrong if plain is kernel else plain
+
+    return njit
+
+
+def off(out, *inputs):
+    manhattan._distances(out, *inputs)
+    out[1, 2] += 0.25
+
+
+def sign_of_ties(out, grad, x, y):
+    manhattan._signs(out, grad, x, y)
+    out += (x == y[0]) * grad[:, :1]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wrong", "name"), [("_distances", off, "distances"), ("_signs", sign_of_ties, "signs")]
+)
+def test_a_kernel_that_numba_compiled_wrong_is_refused_by_name(kernel, wrong, name, monkeypatch):
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba, "njit", compiled_wrong(getattr(manhattan, f"_{name}"), wrong))
+    with pytest.raises(ValueError, match=rf"received {name} off by .* that numba compiled, expected torch's"):
+        manhattan._kernels.__wrapped__()

@@ -65,6 +65,11 @@ class NolaConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"received layers_to_transform {self.layers_to_transform!r} with the pattern {self.target_modules!r}, "
+                "which would ignore them; expected a list of target_modules, or the layers in the pattern"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"received layers_pattern {self.layers_pattern!r}, expected layers_to_transform with it")
         if isinstance(self.num_basis, list):

@@ -8,6 +8,8 @@ L = 2^(b-1) - 1, m = max|c|, n_i = round(c_i L / m), c^_i = (n_i / L) m (NOLA's 
 missing: 127 for 8 and 7 for 4 bits are in the second). As m itself is a level, quantising again changes nothing.
 """
 
+import itertools
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from limbeck.adapters.basis import Bank, Stream
 
 BITS = (2, 3, 4, 8)
+_numbers, _factors = itertools.count(), weakref.WeakValueDictionary()  # every factor by its number
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -81,6 +84,41 @@ class _Combine(torch.autograd.Function):
         return ctx.factor.contract(grad), None, None
 
 
+# As operations that a compiler does not look into: numpy draws, and whether to build anew is decided from values. The
+# factor's number is a tensor, so that one compiled graph serves all layers of a shape.
+@torch.library.custom_op("limbeck::factor", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _compiled(coefficients: Tensor, number: Tensor, rows: int, cols: int) -> Tensor:
+    value = _factors[number.item()].value(coefficients)
+    return value.to(coefficients.dtype, copy=True)  # the compiler may write into it
+
+
+@torch.library.custom_op("limbeck::contract", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _compiled_backward(grad: Tensor, number: Tensor, count: int) -> Tensor:
+    return _factors[number.item()].contract(grad)
+
+
+@_compiled.register_fake
+def _(coefficients, number, rows, cols):
+    return coefficients.new_empty(len(coefficients), rows, cols)
+
+
+@_compiled_backward.register_fake
+def _(grad, number, count):
+    return grad.new_empty(len(grad), count)
+
+
+def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.count = inputs[0].shape[1]
+
+
+def _pass_back(ctx, grad: Tensor) -> tuple:
+    return _compiled_backward(grad, *ctx.saved_tensors, ctx.count), None, None, None
+
+
+_compiled.register_autograd(_pass_back, setup_context=_keep)
+
+
 class Factor:
     """One factor of the matrices of a layer, each from its own row of coefficients and its own stream.
 
@@ -106,13 +144,23 @@ class Factor:
         self.bank, self.streams, self.number, self.fixed, self.bits = bank, streams, number, fixed, bits
         self.chunk_size, self.budget = chunk_size, budget
         self._built: tuple | None = None
+        self._enter()
+
+    def _enter(self) -> None:
+        self._index = torch.tensor(next(_numbers), device="cpu")
+        _factors[self._index.item()] = self
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_built": None}
+        return self.__dict__ | {"_built": None, "_index": None}
 
-    @torch.compiler.disable  # numpy draws, and whether to build anew is decided from values
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._enter()
+
     def __call__(self, coefficients: Float[Tensor, "matrix basis"]) -> Float[Tensor, "matrix rows cols"]:
         """The factors, in the coefficients' dtype. Gradient: to the coefficients."""
+        if torch.compiler.is_compiling():
+            return _compiled(coefficients, self._index, *self.streams[0].shape)
         return _Combine.apply(coefficients, self.value(coefficients), self)
 
     def value(self, coefficients: Float[Tensor, "matrix basis"]) -> Float[Tensor, "matrix rows cols"]:
@@ -122,7 +170,8 @@ class Factor:
         if self._built is not None:
             source, built_mark, snapshot, value = self._built
             frozen = not coefficients.requires_grad and coefficients.device.type != "cpu"
-            if source is coefficients and mark == built_mark and (frozen or torch.equal(snapshot, coefficients)):
+            known = frozen and source is coefficients  # a compiler hands over other objects of the same numbers
+            if mark == built_mark and (known or torch.equal(snapshot, coefficients)):
                 return value
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(coefficients.device.type, enabled=False):
             snapshot = coefficients.detach().clone()

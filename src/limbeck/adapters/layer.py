@@ -19,6 +19,54 @@ from limbeck.adapters.basis import Bank, Stream
 from limbeck.adapters.config import BLOCKS, NolaConfig
 from limbeck.adapters.factor import Factor, wide
 
+Update = tuple[Tensor, Tensor, float, tuple[str, ...] | None]  # A, B, s and the blocks, as they are merged
+
+
+def _placed(columns: list[Tensor], blocks: tuple[str, ...] | None) -> Float[Tensor, "... out"]:
+    if blocks is None:
+        return columns[0]
+    columns_by_block = dict(zip(blocks, columns, strict=True))
+    return torch.cat([columns_by_block.get(block, torch.zeros_like(columns[0])) for block in BLOCKS], -1)
+
+
+@functools.cache
+def _read_back(kind: str, width: int, block: int, dtype: torch.dtype, device: torch.device) -> float:
+    """How far bitsandbytes' readings and products of rows in four bits are from its own code book, as a part of 1."""
+    from bitsandbytes import functional, matmul_4bit  # noqa: PLC0415
+
+    values = torch.arange(5.0 * width)  # of other scales in each block, as a scale is what may be taken from another
+    weight = (torch.sin(values * 1.7 + 0.3) * 0.6 ** (values // 32 % 5)).view(5, width).to(device)
+    packed, state = functional.quantize_4bit(weight.to(dtype), blocksize=block, quant_type=kind)
+    pairs = packed.view(-1)
+    numbers = torch.stack([pairs >> 4, pairs & 15], 1).view(-1)[: weight.numel()].long()
+    twin = (state.code[numbers] * state.absmax.repeat_interleave(block)[: weight.numel()]).view(5, width).float()
+    x = weight.flip(1).to(dtype)
+    off = [(twin - weight).abs().max() - 0.2]  # a half of the largest gap between levels is 1/6
+    off.append((functional.dequantize_4bit(packed, state).float() - twin).abs().max())
+    off += [
+        (matmul_4bit(some, packed.t(), state).float() - some.float() @ twin.t()).abs().max() / width
+        for some in (x, x[:1])
+    ]
+    return max(map(float, off))
+
+
+def require_read_back(layer: nn.Module, key: str) -> None:
+    """Raise ValueError for a layer in four bits, named `key`, that bitsandbytes reads back wrong on this processor.
+
+    Its 0.50 does so with AVX-512 where rows are no whole blocks. A small twin is compared once for each kind of layer.
+    """
+    weight = getattr(layer, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is None or weight.dtype == torch.int8 or weight.device.type == "meta":
+        return
+    off = _read_back(state.quant_type, layer.in_features, state.blocksize, state.dtype, weight.device)
+    if off > 0.02:
+        raise ValueError(
+            f"received {key} of {layer.in_features} inputs in {state.quant_type}, which bitsandbytes reads back off by "
+            f"{off:.2g} of its scale on this {weight.device.type}, expected at most 0.02: take rows of a multiple of "
+            f"{state.blocksize}, or another version"
+        )
+
 
 class NolaLayer(nn.Module, BaseTunerLayer):
     """A frozen layer and the coefficients of its adapters: alpha [matrix, k] and beta [matrix, l] each.
@@ -38,6 +86,8 @@ class NolaLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.blocks: dict[str, tuple[str, ...] | None] = {}
         self.merged_adapters, self._disable_adapters, self._active_adapter = [], False, adapter_name
+        self._base_weight: Tensor | None = None
+        self._updates: list[Update] = []
         self.in_features, self.out_features = self._shape()
 
     def _shape(self) -> tuple[int, int]:
@@ -109,44 +159,69 @@ class NolaLayer(nn.Module, BaseTunerLayer):
 
     def side_by_side(self, columns: list[Tensor], adapter_name: str) -> Float[Tensor, "... out"]:
         """The columns of each matrix where they belong, 0 in blocks that are not adapted."""
-        blocks = self.blocks[adapter_name]
-        if blocks is None:
-            return columns[0]
-        columns_by_block = dict(zip(blocks, columns, strict=True))
-        return torch.cat([columns_by_block.get(block, torch.zeros_like(columns[0])) for block in BLOCKS], -1)
+        return _placed(columns, self.blocks[adapter_name])
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Delta W as the layer stores its weight, in float32 or wider."""
-        columns = [self.scaling[adapter] * a @ b for a, b in zip(*self.built(adapter), strict=True)]
-        delta = self.side_by_side(columns, adapter)
+    def _update(self, adapter: str) -> Update:
+        return *self.built(adapter), self.scaling[adapter], self.blocks[adapter]
+
+    def _delta(self, update: Update) -> Tensor:
+        a, b, scaling, blocks = update
+        delta = _placed([scaling * left @ right for left, right in zip(a, b, strict=True)], blocks)
         base = self.get_base_layer()
         return delta if isinstance(base, Conv1D) else delta.t().reshape(base.weight.shape)
 
-    def _add_to_weight(self, adapter: str, sign: int, safe: bool = False) -> None:
-        weight = self.get_base_layer().weight.data
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Delta W as the layer stores its weight, in float32 or wider."""
+        return self._delta(self._update(adapter))
+
+    def _weight_to_merge(self) -> Tensor:
+        weight = self.get_base_layer()._parameters.get("weight")
+        if weight is None:
+            raise ValueError(
+                "received a weight that is computed from others, as by a parametrization, expected a parameter; "
+                "`to_lora` needs no merging"
+            )
         if not weight.is_floating_point():
             raise ValueError(
                 f"received a weight of {weight.dtype}, expected floating point; `to_lora` needs no merging"
             )
-        delta = self.get_delta_weight(adapter)
-        merged = (weight + sign * delta).to(weight.dtype)  # the sum in the wider of both
-        if safe and not merged.isfinite().all():
-            raise ValueError(f"received merged weights with NaN or infinity, expected finite ones from {adapter}")
-        weight.copy_(merged)
+        return weight.data
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add Delta W of the active or named adapters to the weight; safe: only where the sum is finite."""
+        """Add Delta W of the active or named adapters to the weight; safe: only where the sum is finite.
+
+        The weight from before stays in memory until `unmerge`, as rounding loses what a subtraction would need.
+        """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.nola_coefficients_a:
-                self._add_to_weight(name, 1, safe_merge)
+            if name in self.nola_factors:
+                weight, update = self._weight_to_merge(), self._update(name)
+                merged = self._sum(weight, [update])
+                if safe_merge and not merged.isfinite().all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                if not self.merged:
+                    self._base_weight, self._updates = weight.clone(), []
+                weight.copy_(merged)
+                self._updates.append(update)
                 self.merged_adapters.append(name)
 
+    def _sum(self, weight: Tensor, updates: list[Update]) -> Tensor:
+        for update in updates:
+            weight = (weight + self._delta(update).to(weight.device)).to(weight.dtype)  # the sum in the wider of both
+        return weight
+
     def unmerge(self) -> None:
-        """Subtract what has been merged."""
+        """The weight from before, to the bit, whatever has become of the adapters.
+
+        What else was done to the weight meanwhile stays: then what was added is subtracted, with the loss of rounding.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            self._add_to_weight(self.merged_adapters.pop(), -1)
+            return
+        weight, base = self.get_base_layer().weight.data, self._base_weight.to(self.get_base_layer().weight.device)
+        merged = self._sum(self._base_weight, self._updates).to(weight.device)
+        same = torch.allclose(merged.to(weight.dtype), weight, rtol=0, atol=0, equal_nan=True)
+        weight.copy_(base if same else weight + (base - merged))
+        self.merged_adapters, self._base_weight, self._updates = [], None, []
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The base's output, and s x A B of each active adapter."""

@@ -1,22 +1,25 @@
 """NOLA as a tuner of PEFT: which module becomes which layer, and what a checkpoint holds."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+import re
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, delete_adapter
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters import checkpoint
 from limbeck.adapters.basis import Bank
 from limbeck.adapters.config import NolaConfig
-from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
+from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear, require_read_back
 
 NAME = "NOLA"
+_HEADS = {"classifier", "score", "qa_outputs"}  # PEFT itself adds these to modules_to_save, for hosts with one of them
 
 
 def _layer_class(module: nn.Module, parent: nn.Module, key: str) -> type[NolaLayer]:
@@ -33,10 +36,41 @@ def _layer_class(module: nn.Module, parent: nn.Module, key: str) -> type[NolaLay
             "expected torch.backends.mha.set_fastpath_enabled(False)"
         )
     if isinstance(module, (nn.Linear, Conv1D)):
+        require_read_back(module, key)
         return NolaLinear
     if isinstance(module, nn.Conv2d) and module.groups == 1:
         return NolaConv2d
     raise ValueError(f"received target {key}: {module}, expected nn.Linear, Conv1D, or nn.Conv2d with one group")
+
+
+def _alternatives(pattern: str) -> dict[str, str]:
+    """Name -> the pattern with it alone, for each name of a group (a|b) without groups in it, or of a|b as a whole."""
+    groups = [] if re.search(r"[(\[]", pattern) or "|" not in pattern else [(0, "", pattern, "", len(pattern))]
+    for group in re.finditer(r"(?<!\\)(\((?:\?:|\?P<\w+>)?)(?!\?)([^()\[\]|]+(?:\|[^()\[\]|]+)+)(\))", pattern):
+        groups.append((group.start(), *group.groups(), group.end()))
+    return {
+        name: f"{pattern[:start]}{opening}{name}{closing}{pattern[end:]}"
+        for start, opening, names, closing, end in groups
+        for name in names.split("|")
+    }
+
+
+def _fitted(names: str | set[str], keys: list[str]) -> dict[str, list[str]]:
+    """Each name, or the pattern and each of its alternatives -> the keys that it fits."""
+    if isinstance(names, str):
+        patterns = {names: names} | _alternatives(names)
+        return {name: [key for key in keys if re.fullmatch(pattern, key)] for name, pattern in patterns.items()}
+    return {name: [key for key in keys if f".{key}".endswith(f".{name}")] for name in sorted(names)}
+
+
+def _require_fit(what: str, fitted: dict[str, list[str]]) -> None:
+    lost = [name for name, keys in fitted.items() if not keys]
+    if lost:
+        matched = ", ".join(f"{name} ({keys[0]})" for name, keys in fitted.items() if keys) or "none"
+        raise ValueError(
+            f"received {what} {', '.join(map(repr, lost))} that fit no module, expected names among the model's "
+            f"`named_modules()`; those that matched: {matched}. Leave the others out: fused experts are no modules"
+        )
 
 
 class NolaModel(BaseTuner):
@@ -54,12 +88,39 @@ class NolaModel(BaseTuner):
         parts = {"base_model", *(part for key, _ in model.named_modules(prefix="model") for part in key.split("."))}
         if adapter_name in parts or "." in adapter_name:
             raise ValueError(f"received adapter name {adapter_name!r}, expected no dot and no part of a module's name")
+        if kwargs.get("state_dict") is None:  # which else tells the modules by its keys
+            self._require_matches(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = checkpoint.adapted(model, adapter_name)
         for module in self.peft_config[adapter_name].fused_slices or {}:
             if not any(f".{key}".endswith(f".{module}") for key in layers):
                 delete_adapter(model, adapter_name, self.prefix, NolaLayer)
                 raise ValueError(f"received fused_slices of {module}, expected some of {', '.join(layers)}")
+
+    def _require_matches(self, model: nn.Module, config: NolaConfig) -> None:
+        """Raise ValueError for a target, an exclusion or a layer that fits no module; narrow PEFT's own targets."""
+        keys = [key for key, _ in model.named_modules() if key]
+        if config.exclude_modules:
+            _require_fit("exclude_modules", _fitted(config.exclude_modules, keys))
+        saved = set(config.modules_to_save or ()) - _HEADS
+        _require_fit("modules_to_save", {name: [key for key in keys if key.endswith(name)] for name in sorted(saved)})
+        targets = config.target_modules
+        if targets is None:
+            self._prepare_adapter_config(config, self.get_model_config(model))
+            if isinstance(config.target_modules, set):
+                fitted = _fitted(config.target_modules, keys)
+                config.target_modules = {name for name in fitted if fitted[name]} or config.target_modules
+        elif not isinstance(targets, str) or targets.lower() not in ("all-linear", DUMMY_TARGET_MODULES):
+            _require_fit("target_modules", _fitted(targets, keys))
+        layers = config.layers_to_transform
+        if layers is not None:
+            one = copy.copy(config)
+            one.exclude_modules = one.modules_to_save = None
+            fitted = {}
+            for layer in [layers] if isinstance(layers, int) else layers:
+                one.layers_to_transform = [layer]
+                fitted[str(layer)] = [key for key in keys if self._check_target_module_exists(one, key)]
+            _require_fit("layers_to_transform", fitted)
 
     def _create_and_replace(
         self,
@@ -91,12 +152,11 @@ class NolaModel(BaseTuner):
             "received add_weighted_adapter for NOLA, expected LoRA: convert each with `to_lora`, add there"
         )
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> AbstractContextManager:
         """PEFT offers a batch with an adapter for each row to LoRA alone, and would else ignore the names."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError("received adapter_names for NOLA, expected none: `set_adapter`, or LoRA by `to_lora`")
-        yield
+        return nullcontext()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NolaModel":
         for module in self.modules():

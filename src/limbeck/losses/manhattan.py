@@ -66,15 +66,36 @@ def _signs(pull, grad, x, y):
                     )
 
 
+def _require_exact(distances: Callable, signs: Callable) -> None:
+    """Raise ValueError where the kernels differ from torch on quarters, whose sums are exact in any order."""
+    x, y = (((torch.arange(rows * 521) * step) % 23 / 4).view(rows, 521) for rows, step in ((3, 7), (4, 5)))
+    gaps, grad = x[:, None] - y, torch.arange(12.0).view(3, 4) / 4 - 1
+    cost, pull = torch.zeros(3, 4), torch.empty(3, 521)
+    distances(cost.numpy(), x.numpy(), y.numpy())
+    signs(pull.numpy(), grad.numpy(), x.numpy(), y.numpy())
+    for name, found, expected in (
+        ("distances", cost, gaps.abs().sum(2)),
+        ("signs", pull, (grad[..., None] * gaps.sign()).sum(1)),
+    ):
+        if not torch.equal(found, expected):
+            off = (found - expected).abs().max()
+            raise ValueError(
+                f"received {name} off by {off} from the kernel that numba compiled, expected torch's; "
+                "take another version of numba, or none"
+            )
+
+
 @functools.cache
 def _kernels() -> tuple[Callable, Callable] | None:
-    """Both kernels compiled, or None without numba, which takes too long to import to do so before it is needed."""
+    """Both kernels compiled and checked, or None without numba, which takes too long to import before it is needed."""
     try:
         from numba import njit  # noqa: PLC0415
     except ImportError:
         return None
     # Reassociation only, for the sum to use the vector unit: NaN and infinity keep their meaning.
-    return njit(nogil=True, fastmath={"reassoc"})(_distances), njit(nogil=True)(_signs)
+    kernels = njit(nogil=True, fastmath={"reassoc"})(_distances), njit(nogil=True)(_signs)
+    _require_exact(*kernels)
+    return kernels
 
 
 def _pays(student: Tensor, teacher: Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import assets, models
+from limbeck.adapters.layer import require_read_back
 from limbeck.experiments.nola import arms, frozen_decoder, texts
 from limbeck.experiments.nola.arms import AdapterSettings, Model
 from limbeck.experiments.nola.frozen_decoder import FrozenDecoder, Loop, TextSettings
@@ -247,6 +248,7 @@ def in_four_bits(name: str, where: torch.device) -> PreTrainedModel:
     for path, layer in model.named_modules():
         if hasattr(getattr(layer, "weight", None), "quant_state") and layer.in_features % _BLOCK:
             raise ValueError(f"received {path} of {layer.in_features} inputs, expected a multiple of {_BLOCK}")
+        require_read_back(layer, path)
     return model
 
 
