@@ -15,7 +15,7 @@ from torch import nn
 from limbeck.adapters import NolaConfig, basis
 from limbeck.adapters.basis import Stream
 
-ROOT = "base_model.nola_"
+ROOT = "base_model.model.nola_"
 FRESH = """
 import sys, random, numpy, torch
 sys.path.insert(0, {here!r})
@@ -83,9 +83,10 @@ def test_the_file_holds_coefficients_and_their_origin_alone(tmp_path):
     trained("gpt2").save_pretrained(str(tmp_path))
     state = load_file(tmp_path / "adapter_model.safetensors")
     layers = {
-        f"base_model.model.transformer.h.{i}.{name}.nola_coefficients": (rows, 12)
+        f"base_model.model.transformer.h.{i}.{name}.nola_coefficients.{part}": (rows, number)
         for i in range(2)
         for name, rows in {"attn.c_attn": 2, "mlp.c_fc": 1}.items()
+        for part, number in {"a": 7, "b": 5}.items()
     }
     assert {key: tuple(value.shape) for key, value in state.items() if not key.startswith(ROOT)} == layers
     assert {key for key in state if key.startswith(ROOT)} == {
@@ -131,35 +132,39 @@ def load(folder, state=None, name="llama", host=None, **config):
     return PeftModel.from_pretrained(tiny_hosts.host(name) if host is None else host, str(folder))
 
 
-COEFFICIENTS = "base_model.model.model.layers.1.self_attn.q_proj.nola_coefficients"
+COEFFICIENTS = "model.layers.1.self_attn.q_proj.nola_coefficients.b"
 
 
 def test_a_missing_and_an_unexpected_key_are_refused(saved):
     folder, state = saved
-    lost = {key: value for key, value in state.items() if key != COEFFICIENTS}
+    whole = f"base_model.model.{COEFFICIENTS}"
+    lost = {key: value for key, value in state.items() if key != whole}
     with pytest.raises(ValueError, match=rf"without \['{COEFFICIENTS}'\] and with \[\], expected"):
         load(folder, lost)
-    extra = "base_model.model.model.layers.1.self_attn.o_proj.nola_coefficients"
+    extra = "model.layers.1.self_attn.o_proj.nola_coefficients.b"
     with pytest.raises(ValueError, match=rf"without \[\] and with \['{extra}'\], expected"):
-        load(folder, state | {extra: state[COEFFICIENTS].clone()})
-    with pytest.raises(ValueError, match=r"with \['base_model.model.lora'\]"):
+        load(folder, state | {f"base_model.model.{extra}": state[whole].clone()})
+    with pytest.raises(ValueError, match=r"with \['lora'\]"):
         load(folder, state | {"base_model.model.lora": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"without .*k_proj.nola_coefficients'\] and with \[.*q_proj"):
-        load(folder, state, target_modules=["k_proj", "v_proj", "down_proj"])
+    with pytest.raises(ValueError, match=r"without .*k_proj.nola_coefficients.b'\] and with \[.*q_proj"):
+        load(folder, state, target_modules=["k_proj", "v_proj", "down_proj"], basis_checksum=None)
 
 
 def test_another_shape_is_refused(saved):
     folder, state = saved
-    with pytest.raises(ValueError, match=rf"shape of {COEFFICIENTS} \(1, 11\), expected \(1, 12\)"):
-        load(folder, state | {COEFFICIENTS: state[COEFFICIENTS][:, :11].contiguous()})
-    with pytest.raises(ValueError, match=r"shape of .* \(1, 12\), expected \(1, 13\)"):
+    whole = f"base_model.model.{COEFFICIENTS}"
+    with pytest.raises(ValueError, match=rf"shape of {COEFFICIENTS} \(1, 4\), expected \(1, 5\)"):
+        load(folder, state | {whole: state[whole][:, :4].contiguous()})
+    with pytest.raises(ValueError, match=r"shape of .*a \(1, 7\), expected \(1, 8\)"):
         load(folder, state, num_basis=[8, 5])
 
 
 def test_another_seed_generator_or_basis_is_refused(saved, monkeypatch):
     folder, state = saved
-    with pytest.raises(ValueError, match="with the seed 0, expected 1"):
+    with pytest.raises(ValueError, match="checksum of its bases"):
         load(folder, state, basis_seed=1)
+    with pytest.raises(ValueError, match="with the seed 0, expected 1"):
+        load(folder, state, basis_seed=1, basis_checksum=None)
     with pytest.raises(ValueError, match="with the seed 1, expected 0"):
         load(folder, state | {f"{ROOT}seed": torch.tensor([1])}, basis_seed=0)
     both = state | {f"{ROOT}seed": torch.tensor([1])}

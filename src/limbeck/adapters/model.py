@@ -13,10 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters import checkpoint
 from limbeck.adapters.basis import Bank
-from limbeck.adapters.config import NolaConfig
+from limbeck.adapters.config import NolaConfig, NolaType
 from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
-
-NAME = "NOLA"
 
 
 def _layer_class(module: nn.Module, parent: nn.Module, key: str) -> type[NolaLayer]:
@@ -50,16 +48,35 @@ class NolaModel(BaseTuner):
         self.bank = Bank()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Raises ValueError for a name that occurs in the model's own, or slices of modules that are not targeted."""
+        """Raises ValueError, with the model as it was, for
+
+        a name that cannot be one (with modules_to_save, PEFT also confuses a part of a module's name); slices of modules
+        that are not targeted; bases other than those a loaded config was saved with.
+        """
+        self._require_name(model, adapter_name)
+        trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = checkpoint.adapted(model, adapter_name)
+            for module in self.peft_config[adapter_name].fused_slices or {}:
+                if not any(f".{key}".endswith(f".{module}") for key in layers):
+                    raise ValueError(f"received fused_slices of {module}, expected some of {', '.join(layers)}")
+            checkpoint.require_bases(layers, self.peft_config[adapter_name], adapter_name)
+        except Exception:
+            _withdraw(model, adapter_name)
+            for parameter, required in trains:
+                parameter.requires_grad_(required)
+            raise
+
+    def _require_name(self, model: nn.Module, adapter_name: str) -> None:
         parts = {"base_model", *(part for key, _ in model.named_modules(prefix="model") for part in key.split("."))}
-        if adapter_name in parts or "." in adapter_name:
-            raise ValueError(f"received adapter name {adapter_name!r}, expected no dot and no part of a module's name")
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = checkpoint.adapted(model, adapter_name)
-        for module in self.peft_config[adapter_name].fused_slices or {}:
-            if not any(f".{key}".endswith(f".{module}") for key in layers):
-                delete_adapter(model, adapter_name, self.prefix, NolaLayer)
-                raise ValueError(f"received fused_slices of {module}, expected some of {', '.join(layers)}")
+        saves_modules = any(config.modules_to_save for config in self.peft_config.values())
+        impossible = not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name)
+        if impossible or (saves_modules and adapter_name in parts):
+            raise ValueError(
+                f"received adapter name {adapter_name!r}, expected no dot, no attribute of nn.ModuleDict, and with "
+                "modules_to_save no part of a module's name"
+            )
 
     def _create_and_replace(
         self,
@@ -71,11 +88,12 @@ class NolaModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        key = checkpoint.bare(current_key)
         if isinstance(target, NolaLayer):
-            target.update_layer(adapter_name, peft_config, current_key, self.bank)
+            target.update_layer(adapter_name, peft_config, key, self.bank)
             return
-        layer = _layer_class(target, parent, current_key)(target, adapter_name)
-        layer.update_layer(adapter_name, peft_config, current_key, self.bank)
+        layer = _layer_class(target, parent, key)(target, adapter_name)
+        layer.update_layer(adapter_name, peft_config, key, self.bank)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -97,6 +115,14 @@ class NolaModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ValueError("received adapter_names for NOLA, expected none: `set_adapter`, or LoRA by `to_lora`")
         yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """To float32 or wider, where the layer starts it; without autocast to the dtype of the layer's weight."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in checkpoint.adapted(self.model, adapter_name).values() if not autocast_adapter_dtype else ():
+            dtype = layer.get_base_layer().weight.dtype
+            if dtype.is_floating_point and dtype.itemsize > 1:
+                layer.nola_coefficients[adapter_name].to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NolaModel":
         for module in self.modules():
@@ -122,12 +148,20 @@ class NolaModel(BaseTuner):
         return checkpoint.from_file(model, config, adapter_name, state_dict)
 
 
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter off, and the layers that then have none."""
+    delete_adapter(model, adapter_name, NolaModel.prefix, NolaLayer)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, NolaLayer) and not layer.nola_factors:
+            model.set_submodule(name, layer.base_layer)
+
+
 def register() -> None:
     """Enter the config, the tuner and the prefix of its parameters in PEFT's tables.
 
     `register_peft_method` refuses names outside PEFT's own enum, so the entries go where it would put them. PEFT reads
     the tables by key alone; `tests/adapters/test_register.py` fails where a release changes that.
     """
-    PEFT_TYPE_TO_CONFIG_MAPPING[NAME] = NolaConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[NAME] = NolaModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[NAME] = NolaModel.prefix
+    PEFT_TYPE_TO_CONFIG_MAPPING[NolaType.NOLA] = NolaConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[NolaType.NOLA] = NolaModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[NolaType.NOLA] = NolaModel.prefix
