@@ -59,9 +59,12 @@ def _bytes(text: bytes) -> Tensor:
     return torch.tensor(list(text), dtype=torch.uint8)
 
 
-def _require(name: str, received: object, expected: object) -> None:
+def _require(name: str, received: object, expected: object, remedy: str = "") -> None:
     if received != expected:
-        raise ValueError(f"received an adapter with the {name} {received}, expected {expected}")
+        raise ValueError(f"received an adapter with the {name} {received}, expected {expected}{remedy}")
+
+
+_OTHER_BASES = ", as saved: the model's widths, the settings or the generator differ (basis_checksum=None starts anew)"
 
 
 class _Unread(Bank):
@@ -76,7 +79,8 @@ class _Unread(Bank):
 
     def draw(self, stream: Stream, start: int, count: int) -> Tensor:
         """Raises ValueError where the generator has others."""
-        _require("checksum of its bases", Bank().checksum(self.streams).hex(), self.expected)
+        remedy = ", as saved: `PeftModel.from_pretrained` reads the file's own"
+        _require("checksum of its bases", Bank().checksum(self.streams).hex(), self.expected, remedy)
         return super().draw(stream, start, count)
 
 
@@ -88,7 +92,7 @@ def require_bases(layers: dict[str, NolaLayer], config: NolaConfig, adapter_name
     if config.save_basis:
         _take_from(layers, adapter_name, _Unread(streams, config.basis_checksum))
     else:
-        _require("checksum of its bases", Bank().checksum(streams).hex(), config.basis_checksum)
+        _require("checksum of its bases", Bank().checksum(streams).hex(), config.basis_checksum, _OTHER_BASES)
 
 
 def _take_from(layers: dict[str, NolaLayer], adapter_name: str, bank: Bank) -> None:

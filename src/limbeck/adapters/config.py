@@ -16,6 +16,7 @@ BLOCKS = ("q", "k", "v")  # the column blocks of a fused projection, in their or
 MAX_SEED = 2**63
 PACKAGE = "limbeck"
 CARD = """
+
 ## Loading
 
 PEFT and transformers load this adapter, of type NOLA, once the package that defines it has been imported:
@@ -84,10 +85,12 @@ class NolaConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     basis_checksum: str | None = None
-    package: str = PACKAGE
+    package: str | None = None  # PACKAGE; only a file of the first layout lacks it
 
     def __post_init__(self) -> None:
+        self.first_layout = self.peft_type is not None and self.peft_version is not None and self.package is None
         super().__post_init__()
+        self.package = self.package or PACKAGE
         self.peft_type = NolaType.NOLA
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):

@@ -32,7 +32,10 @@ class Coefficients(nn.Module):
 
 
 class PackedCoefficients(Coefficients):
-    """The same, for an adapter whose file holds them packed; any loader that knows a module's extra state reads it."""
+    """The same, for an adapter whose file holds them packed; any loader that knows a module's extra state reads it.
+
+    Transformers then reports `a` and `b` as missing, since it does not know that the extra state fills them.
+    """
 
     def __init__(self, a: Float[Tensor, "matrix k"], b: Float[Tensor, "matrix l"], bits: int):
         super().__init__(a, b)

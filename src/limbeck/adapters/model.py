@@ -44,6 +44,18 @@ class NolaModel(BaseTuner):
     tuner_layer_cls = NolaLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def __init__(self, model: nn.Module, peft_config: NolaConfig | dict[str, NolaConfig], *args: Any, **kwargs: Any):
+        """Raises ValueError for a file of the first layout, before anything is injected for a loader that can't read it.
+
+        A PeftModel, which reads it, passes a dict; `inject_adapter_in_model`, and with it transformers, the config.
+        """
+        if getattr(peft_config, "first_layout", False):
+            raise ValueError(
+                "received an adapter of the first layout, which only `PeftModel.from_pretrained` reads, expected one "
+                "of this layout: load it so, and save it again"
+            )
+        super().__init__(model, peft_config, *args, **kwargs)
+
     def _pre_injection_hook(self, model: nn.Module, config: NolaConfig, adapter_name: str) -> None:
         self.bank = Bank()
 
