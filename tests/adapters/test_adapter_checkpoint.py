@@ -265,6 +265,67 @@ def test_what_transformers_saved_is_read_too(tmp_path):
     assert torch.equal(outputs("llama", read), expected)
 
 
+EARLIER = {  # written when alpha and beta lay side by side, and the scales of all modules together
+    "plain": ("gpt2", {}),
+    "three_bits": ("gpt2", {"quant_bits": 3}),
+    "with_bases": ("gpt2", {"save_basis": True, "share_basis": False}),
+    "by_transformers": ("llama", {}),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("folder", EARLIER)
+def test_files_of_the_first_layout_are_read_and_saved_in_this_one(folder, low_cpu_mem_usage, tmp_path):
+    (name, options), expected = EARLIER[folder], str(Path(__file__).parent / "earlier_layout" / folder)
+    read = PeftModel.from_pretrained(tiny_hosts.host(name), expected, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(outputs(name, read), outputs(name, trained(name, **options)))
+    read.save_pretrained(str(tmp_path))
+    host = tiny_hosts.host(name)
+    host.load_adapter(str(tmp_path))
+    assert torch.equal(outputs(name, host), outputs(name, read))
+
+
+@pytest.mark.parametrize("folder", EARLIER)
+def test_a_file_of_the_first_layout_is_refused_by_loaders_that_would_lose_it(folder):
+    """Transformers would find none of its keys, and compute without the adapter."""
+    host = tiny_hosts.host(EARLIER[folder][0])
+    keys = set(host.state_dict())
+    with pytest.raises(ValueError, match=r"first layout, which only `PeftModel.from_pretrained` reads.*save it again"):
+        host.load_adapter(str(Path(__file__).parent / "earlier_layout" / folder))
+    assert set(host.state_dict()) == keys
+
+
+def test_damaged_files_of_the_first_layout_are_refused(tmp_path):
+    folder = Path(__file__).parent / "earlier_layout" / "three_bits"
+    state = load_file(folder / "adapter_model.safetensors")
+    model, key = tiny_hosts.adapted("gpt2", quant_bits=3), "base_model.model.transformer.h.0.mlp.c_fc.nola_coefficients"
+    scales = state["base_model.nola_scales"]
+    changes = [
+        (key, state[key][:, :-1], r"packed coefficients of torch\.uint8 \(1, 12\), expected uint8 \(1, 13\)"),
+        (key, state[key].repeat(2, 1), r"number of rows of .*c_fc\.nola_coefficients"),
+        ("base_model.nola_scales", scales[1:], r"shape of nola_scales \(5, 2\), expected \(6, 2\)"),
+    ]
+    for changed, value, message in changes:
+        with pytest.raises(ValueError, match=message):
+            set_peft_model_state_dict(model, state | {changed: value})
+
+
+def test_the_folder_says_what_has_to_be_imported(tmp_path):
+    """PEFT knows the method only where limbeck is imported, and says no more than its name."""
+    for _ in range(2):
+        trained("llama").save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["package"] == "limbeck"
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import limbeck.adapters") == 1
+    assert card.startswith("---")
+    host = tiny_hosts.host("llama")
+    host.add_adapter(tiny_hosts.config("llama"))
+    host.save_pretrained(str(tmp_path / "host"))
+    assert "import limbeck.adapters" in (tmp_path / "host" / "README.md").read_text()
+    with pytest.raises(ValueError, match="package 'another', expected one of limbeck"):
+        NolaConfig(package="another")
+
+
 def test_two_adapters_of_one_model_are_saved_and_loaded_apart(tmp_path):
     model = trained("gpt2")
     model.add_adapter("other", tiny_hosts.config("gpt2", basis_seed=3, num_basis=4, quant_bits=4))

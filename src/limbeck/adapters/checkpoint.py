@@ -1,9 +1,9 @@
 """What the file of an adapter holds: its coefficients, and from which bases they are counted; never the bases.
 
-For each adapted module alpha and beta as `nola_coefficients.a` and `.b`, one row per matrix, or packed into bytes as the
-extra state of `nola_coefficients` if quantised; and of the whole adapter the seed, the generator and a checksum of its
-bases. The checksum stands in adapter_config.json too, so any loader of PEFT's or transformers' meets it. Loading is
-strict: a key, a shape or a base that differs is an error, since PEFT itself would go on with coefficients of other bases.
+For each adapted module alpha and beta as `nola_coefficients.a` and `.b`, one row per matrix, or packed into bytes as
+the extra state of `nola_coefficients` if quantised; and of the whole adapter the seed, the generator and a checksum of
+its bases, which stands in adapter_config.json too, where every loader meets it. Loading is strict: a key, a shape or a
+base that differs is an error, since PEFT itself would go on with coefficients of other bases.
 
 An adapter in other forms: as plain LoRA (`to_lora`), which any server of LoRA can host, or at fewer bits (`quantise`).
 """

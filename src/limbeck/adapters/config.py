@@ -30,7 +30,7 @@ model = PeftModel.from_pretrained(base_model, folder)
 """
 
 
-class NolaType(str, Enum):
+class NolaType(str, Enum):  # noqa: UP042 - PEFT reads the name from `str`, as that of its own enum
     """The name of the method, as PEFT has those of its own: equal to the string, with a `value`."""
 
     NOLA = "NOLA"
@@ -134,7 +134,7 @@ class NolaConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")
         text = card.read_text(encoding="utf-8") if card.exists() else ""
-        if CARD not in text:
+        if CARD.strip() not in text:
             card.write_text(text + CARD, encoding="utf-8")
 
     @property

@@ -45,9 +45,9 @@ class NolaModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, model: nn.Module, peft_config: NolaConfig | dict[str, NolaConfig], *args: Any, **kwargs: Any):
-        """Raises ValueError for a file of the first layout, before anything is injected for a loader that can't read it.
+        """Raises ValueError for an adapter of the first layout, before anything is injected, where it can't be read.
 
-        A PeftModel, which reads it, passes a dict; `inject_adapter_in_model`, and with it transformers, the config.
+        A PeftModel, which can, passes a dict; `inject_adapter_in_model`, and with it transformers, the config.
         """
         if getattr(peft_config, "first_layout", False):
             raise ValueError(
@@ -60,10 +60,8 @@ class NolaModel(BaseTuner):
         self.bank = Bank()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Raises ValueError, with the model as it was, for
-
-        a name that cannot be one (with modules_to_save, PEFT also confuses a part of a module's name); slices of modules
-        that are not targeted; bases other than those a loaded config was saved with.
+        """Raises ValueError, and leaves the model as it was, for an impossible name, slices of modules that are not
+        targeted, and bases other than those that a loaded config was saved with.
         """
         self._require_name(model, adapter_name)
         trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -81,6 +79,7 @@ class NolaModel(BaseTuner):
             raise
 
     def _require_name(self, model: nn.Module, adapter_name: str) -> None:
+        # Of two adapters, PEFT takes keys with the name of one out of what it saves of the other's modules_to_save.
         parts = {"base_model", *(part for key, _ in model.named_modules(prefix="model") for part in key.split("."))}
         saves_modules = any(config.modules_to_save for config in self.peft_config.values())
         impossible = not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name)
