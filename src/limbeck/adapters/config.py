@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from enum import Enum
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class NolaConfig(PeftConfig):
         """As PEFT saves it, with the checksum of the bases that were last saved with it."""
         return super().to_dict() | {"basis_checksum": getattr(self, "saved_checksum", self.basis_checksum)}
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Write adapter_config.json, and into README.md how the adapter is loaded."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory, "README.md")

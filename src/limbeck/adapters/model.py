@@ -81,13 +81,13 @@ class NolaModel(BaseTuner):
     def _require_name(self, model: nn.Module, adapter_name: str) -> None:
         # Of two adapters, PEFT takes keys with the name of one out of what it saves of the other's modules_to_save.
         parts = {"base_model", *(part for key, _ in model.named_modules(prefix="model") for part in key.split("."))}
-        saves_modules = any(config.modules_to_save for config in self.peft_config.values())
-        impossible = not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name)
-        if impossible or (saves_modules and adapter_name in parts):
-            raise ValueError(
-                f"received adapter name {adapter_name!r}, expected no dot, no attribute of nn.ModuleDict, and with "
-                "modules_to_save no part of a module's name"
-            )
+        confused = parts if any(config.modules_to_save for config in self.peft_config.values()) else ()
+        for name in (adapter_name, *self.peft_config):
+            if not name or "." in name or hasattr(nn.ModuleDict(), name) or name in confused:
+                raise ValueError(
+                    f"received adapter name {name!r}, expected no dot, no attribute of nn.ModuleDict, and with "
+                    "modules_to_save no part of a module's name"
+                )
 
     def _create_and_replace(
         self,
