@@ -130,6 +130,12 @@ def test_an_adapter_name_that_peft_would_confuse_with_a_module_is_refused(name):
         tiny_hosts.get_peft_model(tiny_hosts.host("mlp"), tiny_hosts.config("mlp"), adapter_name=name)
 
 
+def test_modules_to_save_are_refused_beside_an_adapter_called_as_a_part_of_their_name():
+    model = tiny_hosts.get_peft_model(tiny_hosts.host("mlp"), NolaConfig(target_modules=["first"]), adapter_name="head")
+    with pytest.raises(ValueError, match="adapter name 'head', expected .* no part of a module's name"):
+        model.add_adapter("other", tiny_hosts.config("mlp"))
+
+
 @pytest.mark.parametrize("name", ["0", "model", "q_proj", "weight", "a", "nola_coefficients", "base_model"])
 def test_an_adapter_called_as_a_part_of_a_modules_name_is_saved_beside_another(name, tmp_path):
     """PEFT leaves every key with the name of another adapter out of the state dict that it hands over."""

@@ -1,5 +1,6 @@
 """NOLA as a tuner of PEFT: which module becomes which layer, and what a checkpoint holds."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from limbeck.adapters import checkpoint
 from limbeck.adapters.basis import Bank
 from limbeck.adapters.config import NolaConfig, NolaType
 from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
+
+
+_BY_ADAPTER = re.compile(rf"\.({checkpoint.COEFFICIENTS}|modules_to_save)\.")  # what follows is an adapter's name
 
 
 def _layer_class(module: nn.Module, parent: nn.Module, key: str) -> type[NolaLayer]:
@@ -80,7 +84,8 @@ class NolaModel(BaseTuner):
 
     def _require_name(self, model: nn.Module, adapter_name: str) -> None:
         # Of two adapters, PEFT takes keys with the name of one out of what it saves of the other's modules_to_save.
-        parts = {"base_model", *(part for key, _ in model.named_modules(prefix="model") for part in key.split("."))}
+        keys = [key for key, _ in model.named_modules(prefix="base_model.model") if not _BY_ADAPTER.search(key)]
+        parts = {part for key in keys for part in key.split(".")}
         confused = parts if any(config.modules_to_save for config in self.peft_config.values()) else ()
         for name in (adapter_name, *self.peft_config):
             if not name or "." in name or hasattr(nn.ModuleDict(), name) or name in confused:
