@@ -70,6 +70,30 @@ def unpacked(data: UInt8[Tensor, "vector bytes"], bits: int, number: int) -> Int
     return torch.from_numpy(offset.astype(np.int16) - (2 ** (bits - 1) - 1)).to(torch.int8)
 
 
+def to_rows(pair: tuple[Tensor, Tensor], bits: int) -> UInt8[Tensor, "matrix bytes"]:
+    """Each matrix's alpha and beta packed, then the scale of each in four bytes."""
+    numbers, scales = zip(*(levels(part.detach(), bits) for part in pair), strict=True)
+    packs = [packed(part, bits) for part in numbers]
+    return torch.cat([*packs, torch.stack(scales, 1).cpu().view(torch.uint8)], 1)
+
+
+def from_rows(
+    rows: UInt8[Tensor, "matrix bytes"], bits: int, shapes: list[torch.Size], dtype: torch.dtype
+) -> list[Float[Tensor, "matrix basis"]]:
+    """The alpha and beta of these shapes that `to_rows` was given, at their levels.
+
+    Raises ValueError for rows of another shape or dtype.
+    """
+    widths = [-(-number * bits // 8) for _, number in shapes]
+    expected = (shapes[0][0], sum(widths) + 8)
+    if tuple(rows.shape) != expected or rows.dtype != torch.uint8:
+        raise ValueError(f"received packed coefficients of {rows.dtype} {tuple(rows.shape)}, expected uint8 {expected}")
+    *packs, scales = rows.cpu().split([*widths, 8], 1)
+    numbers = [unpacked(pack, bits, number) for pack, (_, number) in zip(packs, shapes, strict=True)]
+    scales = scales.reshape(-1).clone().view(torch.float32).view(-1, 2).unbind(1)
+    return [dequantised(part, scale, bits, dtype) for part, scale in zip(numbers, scales, strict=True)]
+
+
 class _Combine(torch.autograd.Function):
     """The value that the factor has built, tied to the coefficients; the gradient passes any rounding straight."""
 

@@ -17,7 +17,42 @@ from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters.basis import Bank, Stream
 from limbeck.adapters.config import BLOCKS, NolaConfig
-from limbeck.adapters.factor import Factor, wide
+from limbeck.adapters.factor import Factor, from_rows, wide
+
+
+class Coefficients(nn.Module):
+    """All that trains of one adapter in one layer: alpha as `a` and beta as `b`, a row for each matrix.
+
+    Its keys end in `.<adapter name>.a`: PEFT, transformers and TRL find an adapter's numbers between two dots.
+    """
+
+    def __init__(self, a: Float[Tensor, "matrix k"], b: Float[Tensor, "matrix l"]):
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+
+class PackedCoefficients(Coefficients):
+    """The same, for an adapter whose file holds them packed; any loader that knows a module's extra state reads it.
+
+    Transformers then reports `a` and `b` as missing, since it does not know that the extra state fills them.
+    """
+
+    def __init__(self, a: Float[Tensor, "matrix k"], b: Float[Tensor, "matrix l"], bits: int):
+        super().__init__(a, b)
+        self.bits = bits
+
+    def get_extra_state(self) -> Tensor:
+        """Nothing: what is in memory is not packed."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    @torch.no_grad()
+    def set_extra_state(self, state: Tensor) -> None:
+        """Unpack the rows of a file. Raises ValueError for another shape."""
+        if state.numel():
+            values = from_rows(state, self.bits, [self.a.shape, self.b.shape], wide(self.a.dtype))
+            for coefficients, value in zip((self.a, self.b), values, strict=True):
+                coefficients.copy_(value)
+
 
 Update = tuple[Tensor, Tensor, float, tuple[str, ...] | None]  # A, B, s and the blocks, as they are merged
 
@@ -75,13 +110,13 @@ class NolaLayer(nn.Module, BaseTunerLayer):
     float32 or wider whatever the base, since they are few; the branch is computed in their dtype, as LoRA's is.
     """
 
-    adapter_layer_names = ("nola_coefficients_a", "nola_coefficients_b")
+    adapter_layer_names = ("nola_coefficients",)
     other_param_names = ("nola_factors", "scaling", "blocks")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str):
         super().__init__()
         self.base_layer = base_layer
-        self.nola_coefficients_a, self.nola_coefficients_b = nn.ParameterDict(), nn.ParameterDict()
+        self.nola_coefficients = nn.ModuleDict()
         self.nola_factors: dict[str, tuple[Factor, Factor]] = {}
         self.scaling: dict[str, float] = {}
         self.blocks: dict[str, tuple[str, ...] | None] = {}
@@ -109,10 +144,13 @@ class NolaLayer(nn.Module, BaseTunerLayer):
         self.nola_factors[adapter_name] = self._new_factors(config, names, width, bank)
         self.scaling[adapter_name], self.blocks[adapter_name] = config.nola_alpha / config.r, blocks
         weight = self.get_base_layer().weight
-        for part, number in zip(self.adapter_layer_names, config.numbers, strict=True):
-            value = 0.0 if config.init == "noop" else 1 / number
-            start = torch.full((len(names), number), value, dtype=wide(weight.dtype), device=weight.device)
-            getattr(self, part)[adapter_name] = nn.Parameter(start)
+        values = [0.0 if config.init == "noop" else 1 / number for number in config.numbers]
+        start = [
+            torch.full((len(names), number), value, dtype=wide(weight.dtype), device=weight.device)
+            for number, value in zip(config.numbers, values, strict=True)
+        ]
+        bits = config.quant_bits
+        self.nola_coefficients[adapter_name] = PackedCoefficients(*start, bits) if bits else Coefficients(*start)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _new_factors(self, config: NolaConfig, names: list[str], width: int, bank: Bank) -> tuple[Factor, Factor]:
@@ -135,10 +173,8 @@ class NolaLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the base's device; unlike PEFT's, not to its dtype, which would round what has been loaded."""
         device = device or self.get_base_layer().weight.device
-        for coefficients in (self.nola_coefficients_a, self.nola_coefficients_b):
-            if adapter_name in coefficients and coefficients[adapter_name].device.type != "meta":
-                parameter = coefficients[adapter_name]
-                coefficients[adapter_name] = nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad)
+        if adapter_name in self.nola_coefficients and self.nola_coefficients[adapter_name].a.device.type != "meta":
+            self.nola_coefficients[adapter_name].to(device)
 
     def release_bases(self) -> None:
         """Let go of the bases in memory; they come back when they are needed."""
@@ -147,7 +183,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):
 
     def coefficients(self, adapter_name: str) -> tuple[Float[Tensor, "matrix k"], Float[Tensor, "matrix l"]]:
         """(alpha, beta), a row for each matrix."""
-        return self.nola_coefficients_a[adapter_name], self.nola_coefficients_b[adapter_name]
+        return self.nola_coefficients[adapter_name].a, self.nola_coefficients[adapter_name].b
 
     def built(
         self, adapter_name: str
@@ -193,7 +229,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):
         The weight from before stays in memory until `unmerge`, as rounding loses what a subtraction would need.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.nola_factors:
+            if name in self.nola_coefficients:
                 weight, update = self._weight_to_merge(), self._update(name)
                 merged = self._sum(weight, [update])
                 if safe_merge and not merged.isfinite().all():
@@ -232,7 +268,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):
             return result
         dtype = result.dtype
         for name in self.active_adapters:
-            if name in self.nola_coefficients_a:
+            if name in self.nola_coefficients:
                 pairs = zip(self.nola_factors[name], self.coefficients(name), strict=True)
                 a, b = (factor(coefficients) for factor, coefficients in pairs)
                 result = result + self._branch(self._cast_input_dtype(x, a.dtype), a, b, name)
