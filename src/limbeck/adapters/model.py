@@ -17,7 +17,6 @@ from limbeck.adapters.basis import Bank
 from limbeck.adapters.config import NolaConfig, NolaType
 from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
 
-
 _BY_ADAPTER = re.compile(rf"\.({checkpoint.COEFFICIENTS}|modules_to_save)\.")  # what follows is an adapter's name
 
 
