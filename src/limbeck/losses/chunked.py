@@ -79,7 +79,9 @@ def chunked_reverse_kl(
     empty mask, or a loss that is not finite.
     """
     sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    fits = all(hidden.ndim and head.ndim == 2 and hidden.shape[-1] == head.shape[-1] for hidden, head in sides)
+    fits = all(
+        hidden.ndim and head.ndim == 2 and len(head) and hidden.shape[-1] == head.shape[-1] for hidden, head in sides
+    )
     if not fits or student_hidden.shape[:-1] != teacher_hidden.shape[:-1] or len(student_head) != len(teacher_head):
         shapes = [tuple(x.shape) for side in sides for x in side]
         raise ValueError(f"received shapes {shapes}, expected the same rows and the same vocabulary on both sides")
