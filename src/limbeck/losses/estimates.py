@@ -69,9 +69,8 @@ def top_k_reverse_kl_per_token(
     chosen = (student if support == "student" else teacher).topk(k, -1).indices
     student_held, teacher_held = student.gather(-1, chosen), teacher.gather(-1, chosen)
     # Where the student gives nothing to S, though something to others, there is no divergence inside S.
-    nothing = (student_held.detach().amax(-1, keepdim=True) == -torch.inf) & (student > -torch.inf).any(
-        -1, keepdim=True
-    )
+    in_s, anywhere = ((x.detach() > -torch.inf).any(-1, keepdim=True) for x in (student_held, student))
+    nothing = anywhere & ~in_s
     inside = divergence.reverse_kl_per_token(*(x.masked_fill(nothing, 0) for x in (student_held, teacher_held)))
     if form == "renormalised" or k == vocabulary:
         return inside
