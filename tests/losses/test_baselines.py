@@ -126,3 +126,58 @@ def test_wrong_inputs_are_errors_that_show_what_was_received(monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             baselines.dkd(logits, logits, torch.tensor(labels), **weights, **extra)
+
+
+def test_many_wide_features_keep_no_differences_and_have_the_same_distance():
+    """Above the size from which squares come from cdist; the twin is by inner products in float64."""
+    student, teacher = draw(160, 700), draw(160, 700, seed=1)
+    student[3] = student[5]  # no distance, and no gradient between the two
+    assert 160 * student.numel() > baselines._DIRECT
+    low = student.float().requires_grad_()
+    found = baselines.rkd_distance(low, teacher.float())
+    student.requires_grad_()
+    values = []
+    for x in (student, teacher):
+        norms, (i, j) = x.square().sum(1), (~torch.eye(160, dtype=torch.bool)).nonzero(as_tuple=True)
+        squares = norms[i] + norms[j] - 2 * (x @ x.T)[i, j]
+        distances = (squares.clamp_min(0) + 1e-12).sqrt()
+        values.append(distances / distances.mean())
+    expected = torch.nn.functional.huber_loss(*values)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+    (gradient,), (wanted,) = torch.autograd.grad(found, low), torch.autograd.grad(expected, student)
+    apart = [row for row in range(160) if row not in (3, 5)]
+    bound = 2e-6 * wanted[apart].abs().max().item()  # float32 adds up 160 pairs
+    torch.testing.assert_close(gradient[apart].double(), wanted[apart], atol=bound, rtol=0)
+    assert gradient.isfinite().all()
+
+
+def test_relations_and_dkd_under_autocast_are_those_without():
+    student, teacher = draw(6, 4).float(), draw(6, 4, seed=1).float()
+    for loss in FEATURES:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss(student, teacher)
+        assert found.item() == loss(student, teacher).item()
+
+
+def test_dkd_of_a_masked_class_is_dkd_without_it():
+    student, teacher, labels = draw(3, 4), draw(3, 4, seed=1), torch.tensor([0, 1, 2])
+    blocked = [torch.cat([x, torch.full((3, 1), -torch.inf, dtype=torch.float64)], 1) for x in (student, teacher)]
+    blocked[0].requires_grad_()
+    found = baselines.dkd(*blocked, labels, target_coef=1.0, rest_coef=8.0)
+    expected = baselines.dkd(student, teacher, labels, target_coef=1.0, rest_coef=8.0)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert torch.autograd.grad(found, blocked[0])[0].isfinite().all()
+
+
+def test_lengths_that_overflow_leave_no_direction():
+    with pytest.raises(ValueError, match=r"vectors of length inf, expected lengths that torch.float32 holds"):
+        baselines.pkd(torch.full((1, 2, 3), 1e30), torch.ones(1, 2, 3))
+
+
+def test_a_teacher_that_is_sure_has_no_other_classes_to_teach():
+    student, labels = draw(2, 3).requires_grad_(), torch.tensor([0, 2])
+    teacher = torch.tensor([[0.0, -torch.inf, -torch.inf], [1.0, 0.0, 0.5]], dtype=torch.float64)
+    found = baselines.dkd(student, teacher, labels, target_coef=0.0, rest_coef=2.0)
+    expected = baselines.dkd(student[1:], teacher[1:], labels[1:], target_coef=0.0, rest_coef=1.0)  # of two rows, one
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert torch.autograd.grad(found, student)[0].isfinite().all()

@@ -82,3 +82,52 @@ def test_wrong_inputs_are_refused():
         chunked.chunked_reverse_kl(*parts(), mask=torch.zeros(3, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="expected a finite loss"):
         chunked.chunked_reverse_kl(hidden, head, teacher + torch.inf, teacher_head)
+
+
+LOW = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float32)]
+
+
+@pytest.mark.parametrize("dtypes", [*LOW, (torch.bfloat16, torch.bfloat16), (torch.float64, torch.float64)])
+def test_under_autocast_it_is_the_dense_form_under_autocast(dtypes):
+    """Gradients to a head add up chunks of bfloat16 products, so they may differ by their rounding, 2^-8."""
+    hidden, head, taught, teachers_head = parts()
+    hidden, taught = (x.detach().to(dtypes[0]).requires_grad_(x.requires_grad) for x in (hidden, taught))
+    head, teachers_head = (x.detach().to(dtypes[1]).requires_grad_(x.requires_grad) for x in (head, teachers_head))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = chunked.chunked_reverse_kl(hidden, head, taught, teachers_head, chunk=5)
+        expected = dense(hidden, head, taught, teachers_head)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    for one, other in zip(*(torch.autograd.grad(loss, (hidden, head)) for loss in (found, expected)), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, atol=4e-3, rtol=2**-7)
+
+
+def test_without_autocast_unequal_dtypes_meet_in_the_wider_one():
+    inputs = parts(dtype=torch.float32)
+    hidden = inputs[0].detach().bfloat16().requires_grad_()
+    found = chunked.chunked_reverse_kl(hidden, *inputs[1:])
+    expected = chunked.chunked_reverse_kl(hidden.float(), *inputs[1:])
+    assert found.item() == expected.item()
+    assert torch.autograd.grad(found, hidden)[0].dtype == torch.bfloat16
+
+
+def test_chunks_of_half_precision_add_up_in_float32():
+    """4,096 rows in chunks of one: a bfloat16 sum would stop growing after some hundred."""
+    hidden, head, taught, teachers_head = parts(rows=(1, 1), dtype=torch.bfloat16)
+    many = [x.detach().expand(1, 4096, -1) for x in (hidden, taught)]
+    found = chunked.chunked_reverse_kl(many[0], head, many[1], teachers_head, chunk=1)
+    wide_head = head.detach().double().requires_grad_()
+    expected = dense(hidden.double(), wide_head, taught.double(), teachers_head.double())
+    (gradient,), (wanted,) = torch.autograd.grad(found, head), torch.autograd.grad(expected, wide_head)
+    torch.testing.assert_close(gradient.double(), wanted, atol=2e-2, rtol=3e-2)
+
+
+def test_a_class_that_both_leave_out_counts_for_nothing():
+    hidden, head, taught, teachers_head = parts(dtype=torch.float32)
+    rows = [torch.cat([x.detach(), torch.ones(3, 4, 1)], -1) for x in (hidden, taught)]
+    out = torch.tensor([0.0] * 6 + [-torch.inf])[:, None]
+    heads = [torch.cat([x.detach(), out], -1) for x in (head, teachers_head)]
+    heads = [x.masked_fill(x.isinf(), -3e38) for x in heads]  # 0 times infinity is a matrix product's own matter
+    found = chunked.chunked_reverse_kl(rows[0], heads[0], rows[1], heads[1])
+    expected = dense(hidden, head[:6], taught, teachers_head[:6])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

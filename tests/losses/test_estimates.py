@@ -241,3 +241,37 @@ def test_wrong_options_are_refused(options, message):
         estimates.top_k_reverse_kl(*pair(), **options)
     with pytest.raises(ValueError, match="kind 'k4', expected one of k1, k2, k3"):
         estimates.kl_estimate("k4", *pair())
+
+
+@pytest.mark.parametrize("support", estimates.SUPPORTS)
+@pytest.mark.parametrize("form", estimates.FORMS)
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_a_masked_vocabulary_counts_for_nothing_in_any_top_k_form(k, form, support):
+    """As without the masked tokens; where S covers all that are left, the tail is empty."""
+    live, taught = torch.tensor([[0.5, 0.1]], dtype=torch.float64), torch.tensor([[0.2, 0.0]], dtype=torch.float64)
+    blocked = torch.full((1, 3), -torch.inf, dtype=torch.float64)
+    student = torch.cat([live, blocked], 1).requires_grad_()
+    found = estimates.top_k_reverse_kl(student, torch.cat([taught, blocked], 1), k=k, support=support, form=form)
+    expected = estimates.top_k_reverse_kl(live, taught, k=min(k, 2), support=support, form=form)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert torch.autograd.grad(found, student)[0].isfinite().all()
+
+
+def test_a_student_that_gives_nothing_to_the_teachers_tokens_pays_for_the_tail_alone():
+    student = torch.tensor([[-torch.inf, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    options = {"k": 1, "support": "teacher"}
+    tail = estimates.top_k_reverse_kl(student, teacher, form="tail", **options)
+    assert tail.item() == pytest.approx(math.log(2), abs=1e-12)
+    assert torch.autograd.grad(tail, student)[0].isfinite().all()
+    assert estimates.top_k_reverse_kl(student, teacher, form="raw", **options).item() == 0
+
+
+def test_estimates_of_half_precision_are_those_of_float32():
+    student, teacher = torch.tensor([-8.0]).bfloat16(), torch.tensor([-7.96875]).bfloat16()
+    for kind in estimates.KINDS:
+        found = estimates.kl_estimate(kind, student, teacher)
+        assert found.dtype == torch.float32
+        assert found.item() == estimates.kl_estimate(kind, student.float(), teacher.float()).item()
+    with pytest.raises(ValueError, match=r"log-probabilities of shapes student \(1,\) and teacher \(2,\)"):
+        estimates.kl_estimate.__wrapped__("k2", student, torch.zeros(2))

@@ -277,3 +277,32 @@ def test_wrong_options_are_refused():
             joint(now, old, advantages, mask, teacher, **{"kd_coef": 0.1} | change)
     with pytest.raises(ValueError, match="placement 'loss', expected one of pre, mean, post"):
         shaped("loss")
+
+
+def test_what_the_policy_no_longer_samples_and_what_nobody_weighs_counts_for_nothing():
+    now = torch.tensor([[-torch.inf, 0.0, 0.0]], requires_grad=True)
+    old, teacher = torch.tensor([[-1.0, -100.0, 0.0]]), torch.tensor([[-1.0, 0.0, -torch.inf]])
+    mask = torch.tensor([[True, True, True]])
+    found = kdrl.kd_per_token("k2", now, old, teacher, mask=mask)
+    assert found.tolist() == [[0.0, 0.0, torch.inf]]
+    weights = torch.tensor([[1.0, 1.0, 0.0]])
+    terms = kdrl.kdrl_loss(now, old, None, found, mask=mask, kd_coef=1.0, teacher_weights=weights)
+    assert terms["kd"].item() == 0
+
+
+def test_integers_say_what_is_correct_as_booleans_do():
+    correct, mask = torch.tensor([[1, 0], [0, 0]]), torch.ones(4, 3, dtype=torch.int64)
+    for level in kdrl.LEVELS:
+        keep = kdrl.kd_mask(correct, level)
+        assert torch.equal(keep, kdrl.kd_mask(correct.bool(), level))
+        for denominator in kdrl.DENOMINATORS:
+            found = kdrl.kd_weights(mask, keep.flatten().long(), denominator=denominator)
+            assert torch.equal(found, kdrl.kd_weights(mask.bool(), keep.flatten(), denominator=denominator))
+
+
+def test_a_teacher_without_weight_in_the_reward_may_be_infinite():
+    rewards, mask = torch.tensor([[0.0, 1.0]]), torch.ones(1, 2, 3, dtype=torch.bool)
+    ratios = torch.full((1, 2, 3), -torch.inf)
+    for placement in kdrl.PLACEMENTS:
+        found = kdrl.shaped_advantages(rewards, ratios, mask=mask, kd_coef=0.0, placement=placement)
+        assert torch.equal(found, policy.group_advantages(rewards)[..., None].expand(1, 2, 3))

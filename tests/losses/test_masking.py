@@ -2,7 +2,7 @@ import jaxtyping
 import pytest
 import torch
 
-from limbeck.losses.masking import masked_mean, require_finite
+from limbeck.losses.masking import logsumexp, masked_mean, require_finite, wide
 
 
 def test_mean_over_selected_values_only():
@@ -44,3 +44,32 @@ def test_a_loss_that_is_not_finite_is_an_error(value):
     with pytest.raises(ValueError, match="expected a finite loss"):
         require_finite(torch.tensor(value))
     assert require_finite(torch.tensor(1.0)).item() == 1.0
+
+
+def test_what_is_no_real_number_of_16_bits_is_refused():
+    for dtype in (torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"received {dtype}, expected real numbers of at least 16 bits"):
+            wide(torch.ones(2).to(dtype))
+    assert [x.dtype for x in wide(torch.ones(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64))] == [
+        torch.float64
+    ] * 2
+
+
+def test_a_mean_of_half_precision_is_taken_in_float32():
+    values = torch.full((4096,), 1.0, dtype=torch.bfloat16)
+    values[0] = 2.0
+    found = masked_mean(values, None)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(1 + 1 / 4096, rel=1e-7)
+
+
+def test_a_mask_that_selects_indices_is_taken_as_a_mask():
+    """Indexed by these integers, values 0 and 1 would be gathered in turn."""
+    assert masked_mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([1, 0, 1])).item() == 5.0
+
+
+def test_the_logarithm_of_a_sum_of_nothing_has_no_gradient():
+    logits = torch.tensor([[-torch.inf, -torch.inf], [0.0, -torch.inf]], requires_grad=True)
+    found = logsumexp(logits)
+    assert found.tolist() == [-torch.inf, 0.0]
+    assert torch.autograd.grad(found, logits, torch.tensor([0.0, 1.0]))[0].tolist() == [[0.0, 0.0], [1.0, 0.0]]

@@ -200,3 +200,62 @@ def test_wrong_inputs_are_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"mask of shape \(4, 5\), expected \(4, 3\)"):
         policy.grpo_loss(now, old[:, :3], advantages, mask=mask)
+
+
+def graded(clip_eps=None, *, now, old, advantage):
+    now = torch.tensor([[float(now)]], requires_grad=True)
+    old, advantage = torch.tensor([[float(old)]]), torch.tensor([float(advantage)])
+    loss = policy.grpo_loss(now, old, advantage, mask=torch.ones(1, 1, dtype=torch.bool), clip_eps=clip_eps)
+    return loss.item(), *torch.autograd.grad(loss, now)[0].flatten().tolist()
+
+
+def test_a_ratio_that_overflows_sends_no_gradient_where_it_is_clipped_or_its_advantage_is_0():
+    assert graded(0.2, now=0, old=-100, advantage=1) == (pytest.approx(-1.2), 0.0)
+    assert graded(0.2, now=-torch.inf, old=0, advantage=-1) == (pytest.approx(0.8), 0.0)
+    assert graded(None, now=0, old=-100, advantage=0) == (0.0, 0.0)
+    assert graded(0.2, now=0, old=-torch.inf, advantage=0) == (0.0, 0.0)
+    for clip_eps in (None, 0.2):
+        with pytest.raises(ValueError, match="expected a finite loss"):
+            graded(clip_eps, now=0, old=-100, advantage=-1)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize(("gap", "clipped"), [(0.1, ()), (0.5, (1.0,)), (-0.5, (-1.0,))])
+def test_clipping_stops_the_gradient_on_its_own_side_alone(gap, clipped, advantage):
+    value, slope = graded(0.2, now=gap, old=0, advantage=advantage)
+    ratio = {1.0: 1.2, -1.0: 0.8}[advantage] if advantage in clipped else math.exp(gap)
+    assert value == pytest.approx(-ratio * advantage)
+    assert slope == pytest.approx(0 if advantage in clipped else -ratio * advantage)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])
+def test_rewards_of_any_dtype_have_the_advantages_of_float32(dtype):
+    found = policy.group_advantages(torch.tensor([[0, 0, 0, 1]]).to(dtype))
+    assert found[0].tolist() == pytest.approx([-0.5, -0.5, -0.5, 1.5], abs=1e-5)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_rewards_whose_squares_overflow_are_refused():
+    with pytest.raises(ValueError, match=r"expected torch.float32 to hold their squares"):
+        policy.group_advantages(torch.tensor([[3e38, -3e38]]))
+
+
+def test_a_mask_of_integers_is_the_mask_of_booleans():
+    now, old, advantages, mask = batch()
+    for dtype in (torch.int64, torch.uint8, torch.float32):
+        assert policy.grpo_loss(now, old, advantages, mask=mask.to(dtype)) == policy.grpo_loss(
+            now, old, advantages, mask=mask
+        )
+    with pytest.raises(ValueError, match="a mask that holds 2, expected booleans, or 0 and 1 alone"):
+        policy.grpo_loss(now, old, advantages, mask=2 * mask.long())
+    with pytest.raises(ValueError, match="a mask `counted` that holds 2"):
+        policy.group_advantages(torch.zeros(1, 2), counted=torch.tensor([[1, 2]]))
+
+
+def test_what_has_weight_0_may_be_infinite():
+    values, weights = torch.tensor([[torch.inf, 2.0]], requires_grad=True), torch.tensor([[0.0, 0.5]])
+    total = policy.weighted_sum(values, weights)
+    assert total.item() == 1.0
+    assert torch.autograd.grad(total, values)[0].tolist() == [[0.0, 0.5]]
+    with pytest.raises(ValueError, match=r"weights of shape \(1, 1\), expected \(1, 2\)"):
+        policy.weighted_sum.__wrapped__(values, weights[:, :1])

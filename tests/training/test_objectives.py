@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from limbeck.losses import kdrl
 from limbeck.training import objectives
 from limbeck.training.rollouts import Rollout, Scores
 from reference import divergence
@@ -403,3 +404,59 @@ def test_an_unknown_arm_is_refused(name):
 def test_an_arm_of_top_k_is_named_by_its_form():
     for name in TOP_K:
         assert objectives.arm(name) == dataclasses.replace(objectives.arm("kdrl"), kd=name)
+
+
+def test_entropy_of_two_live_tokens_is_log_2():
+    logits = torch.tensor([[0.0, 0.0, -torch.inf], [-torch.inf, 5.0, 5.0]])
+    assert objectives._entropies(logits).tolist() == pytest.approx([math.log(2)] * 2)
+    assert objectives._entropies(logits.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["response", "group", "response_kept"])
+def test_a_teacher_that_rules_a_token_out_has_no_say_where_it_does_not_teach(name):
+    on = case()
+    step = objectives.objective(objectives.arm(name), kd_coef=COEF, steps=STEPS)
+    wanted = stepped(name, on)
+    taught = on.rollout.teacher_logprobs.clone()
+    taught[RIGHT[0], 0] = -torch.inf  # of a completion that is right
+    on.rollout = dataclasses.replace(on.rollout, teacher_logprobs=taught)
+    terms, _ = step(1, on.rollout)  # not measured
+    loss = sum(value for value in terms(scored(on, ALL)).values() if value.requires_grad)
+    assert loss.item() == pytest.approx(wanted.loss, abs=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(loss, on.logits)[0], wanted.gradient, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["exact", "tail_student_2", "raw_teacher_1", "renormalised_teacher_3"])
+def test_tokens_that_do_not_learn_are_left_out_of_whole_distributions_too(kind):
+    on = case()
+    scores = scored(on, ALL)
+    weights = kdrl.kd_weights(on.rollout.mask, kdrl.kd_mask(on.rollout.correct, "response").flatten())
+    wanted = objectives._teachers_term(kind, on.rollout, scores, weights)
+    (pull,) = torch.autograd.grad(wanted.sum(), on.logits, retain_graph=True)
+    teacher = on.teacher.clone()
+    teacher[: LENGTHS[0], :4] = -torch.inf  # of the first completion, which is right
+    ruled = dataclasses.replace(scores, teacher_logits=lambda: teacher)
+    found = objectives._teachers_term(kind, on.rollout, ruled, weights)
+    assert torch.equal(found, wanted)
+    assert torch.equal(torch.autograd.grad(found.sum(), on.logits)[0], pull)
+
+
+def test_integer_masks_and_verdicts_are_those_of_booleans():
+    on = case()
+    fields = {name: getattr(on.rollout, name).long() for name in ("mask", "ended", "correct")}
+    wanted = stepped("response", on)
+    on.rollout = dataclasses.replace(on.rollout, **fields)
+    assert stepped("response", on).loss == wanted.loss
+    with pytest.raises(ValueError, match="a mask `correct` that holds 2"):
+        dataclasses.replace(on.rollout, correct=2 * fields["correct"])
+
+
+def test_wrong_numbers_and_a_missing_teacher_are_refused():
+    method = objectives.arm("kdrl")
+    for wrong in ({"kd_coef": math.nan}, {"kd_coef": -1.0}, {"steps": 0}, {"measure_every": 0}):
+        with pytest.raises(ValueError, match="expected a finite kd_coef >= 0 and the others at least 1"):
+            objectives.objective(method, **{"kd_coef": 1.0, "steps": 2} | wrong)
+    with pytest.raises(ValueError, match="without teacher_logprobs, expected them for kd='k2'"):
+        aimed("kdrl", untaught(case()))
+    with pytest.raises(ValueError, match="received arm 'raw_student_0'"):
+        objectives.arm("raw_student_0")

@@ -96,8 +96,10 @@ def dkd(
         raise ValueError(f"received logits of shapes {received}, expected equal shapes of at least three classes")
     require_temperature(temperature)
     labels, both = require_labels(labels, student_logits), wide(student_logits, teacher_logits.detach())
-    (student_binary, student_rest), (teacher_binary, teacher_rest) = (_split(x / temperature, labels) for x in both)
-    halves = (target_coef, student_binary, teacher_binary), (rest_coef, student_rest, teacher_rest)
+    (student_binary, *rests), (teacher_binary, teacher_rest) = (_split(x / temperature, labels) for x in both)
+    nothing = teacher_binary[:, 1:] == -torch.inf  # is left to the other classes: they have no KL among themselves
+    rests = [x.masked_fill(nothing, 0).log_softmax(1) for x in (*rests, teacher_rest)]
+    halves = (target_coef, student_binary, teacher_binary), (rest_coef, *rests)
     terms = [coef * _kl(student, teacher) for coef, student, teacher in halves if coef]
     return require_finite(sum(terms, both[0][:0].sum()))
 
@@ -108,11 +110,11 @@ def _kl(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 
 
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (label, not label), and of the other classes among themselves."""
+    """Log-probabilities of (label, not label), and the logits of the other classes."""
     others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], False)
     rest = logits[others].reshape(len(logits), -1)
     binary = torch.stack([logits.gather(1, labels[:, None])[:, 0], logsumexp(rest)], 1)
-    return binary.log_softmax(1), rest.log_softmax(1)
+    return binary.log_softmax(1), rest
 
 
 def _features(student: Tensor, teacher: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def chunked_reverse_kl(
     empty mask, or a loss that is not finite.
     """
     sides = (student_hidden, student_head), (teacher_hidden, teacher_head)
-    fits = all(hidden.ndim and head.ndim == 2 and hidden.shape[-1] == head.shape[-1] for hidden, head in sides)
+    fits = all(x.ndim and head.ndim == 2 and len(head) and x.shape[-1] == head.shape[-1] for x, head in sides)
     if not fits or student_hidden.shape[:-1] != teacher_hidden.shape[:-1] or len(student_head) != len(teacher_head):
         shapes = [tuple(x.shape) for side in sides for x in side]
         raise ValueError(f"received shapes {shapes}, expected the same rows and the same vocabulary on both sides")
@@ -87,7 +87,7 @@ def chunked_reverse_kl(
     if chunk < 1:
         raise ValueError(f"received chunk {chunk}, expected at least 1")
     if mask is None:
-        student, teacher = student_hidden.flatten(0, -2), teacher_hidden.flatten(0, -2)
+        student, teacher = student_hidden[None].flatten(0, -2), teacher_hidden[None].flatten(0, -2)
     else:
         mask = require_mask(mask, student_hidden.shape[:-1])
         student, teacher = student_hidden[mask], teacher_hidden[mask]

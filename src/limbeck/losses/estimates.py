@@ -68,11 +68,13 @@ def top_k_reverse_kl_per_token(
     student, teacher = wide(student_logits, teacher_logits.detach())
     chosen = (student if support == "student" else teacher).topk(k, -1).indices
     student_held, teacher_held = student.gather(-1, chosen), teacher.gather(-1, chosen)
-    if form == "renormalised" or k == vocabulary:
-        return divergence.reverse_kl_per_token(student_held, teacher_held)
-    held = _part(student, teacher, lambda x: x.gather(-1, chosen))
-    nothing = (held[0].detach() == -torch.inf)[..., None]  # of the student's is in S, so S has no divergence inside
+    # Where the student gives nothing to S, though something to others, there is no divergence inside S.
+    in_s, anywhere = ((x.detach() > -torch.inf).any(-1, keepdim=True) for x in (student_held, student))
+    nothing = anywhere & ~in_s
     inside = divergence.reverse_kl_per_token(*(x.masked_fill(nothing, 0) for x in (student_held, teacher_held)))
+    if form == "renormalised" or k == vocabulary:
+        return inside
+    held = _part(student, teacher, lambda x: x.gather(-1, chosen))
     total = probability_times(held[0], inside + held[0] - held[1])
     if form == "tail":
         rest = _part(student, teacher, lambda x: x.scatter(-1, chosen, -torch.inf))

@@ -219,7 +219,8 @@ def _teacher_metrics(method: Arm, coef: float, rollout: Rollout, keep: Tensor, a
     if not len(ratios):
         return {"kd/coefficient": coef, "kd/kept": keep.double().mean().item()}
     sizes = ratios.abs()
-    high = np.quantile(sizes.cpu().numpy(), (0.95, 0.99))
+    with np.errstate(invalid="ignore"):  # between a finite size and an infinite one numpy finds NaN
+        high = np.nan_to_num(np.quantile(sizes.cpu().numpy(), (0.95, 0.99)), nan=np.inf, posinf=np.inf)
     metrics = {
         "kd/coefficient": coef,
         "kd/kept": keep.double().mean().item(),

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedTokenizerBase
 
 from limbeck import models, sampling
-from limbeck.losses.masking import require_mask
+from limbeck.losses.masking import Mask, require_mask
 from limbeck.sampling import Decoder, Sampler, Tokens
 
 T = TypeVar("T")
@@ -94,11 +94,11 @@ class Rollout:
 
     prompts: list[Tokens]
     completions: list[Tokens]
-    mask: Bool[Tensor, "batch time"]
+    mask: Mask[Tensor, "batch time"]
     old_logprobs: Float[Tensor, "batch time"]
-    ended: Bool[Tensor, " batch"]
+    ended: Mask[Tensor, " batch"]
     rewards: Float[Tensor, "prompt group"]
-    correct: Bool[Tensor, "prompt group"]
+    correct: Mask[Tensor, "prompt group"]
     teacher_logprobs: Float[Tensor, "batch time"] | None = None
     teacher_mask: Bool[Tensor, "batch time"] | None = None
 
@@ -168,7 +168,7 @@ class Scores:
     """What the policy says, with gradient, of some rows of a rollout; and the teacher, at the same tokens, if asked."""
 
     rows: Int[Tensor, " row"]
-    mask: Bool[Tensor, "row time"]
+    mask: Mask[Tensor, "row time"]
     logprobs: Float[Tensor, "row time"]
     logits: Float[Tensor, "token vocab"]
     teacher_logits: Callable[[], Float[Tensor, "token vocab"]]
