@@ -7,6 +7,7 @@ GGUF, which transformers reads slowly and cannot write; it is copied once to a p
 Left out: dropout, as in `models`; models come in evaluation mode.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable
@@ -33,7 +34,7 @@ from transformers import (
 from limbeck import assets, paths, seeding
 
 END = "[EOS]"
-_QUANTISED = ("smollm2",)
+_QUANTISED, _SUMS = ("smollm2",), "sums.json"
 _SHAPE = re.compile(r"(llama|t5)-(\d+)x(\d+)")
 _HEAD_WIDTH, _INNER = 16, 4  # of the untrained ones: width of a head, and of the feed-forward part in widths
 _STACKS = (("layers", "norm"), ("h", "ln_f"))  # Llama and its kin; GPT-Neo and its kin
@@ -119,7 +120,10 @@ def _source(name: str) -> str:
 
 
 def _dequantised(name: str) -> Path:
-    """The folder with the float32 copy of an asset's GGUF; made where it is missing, whole or not at all."""
+    """The folder with the float32 copy of an asset's GGUF; made where it is missing, whole or not at all.
+
+    Raises ValueError for one whose files have changed since.
+    """
     target = paths.DATA / "processed" / f"{name}-{assets.checksum(name)[:8]}"
     if not target.is_dir():
         (file,) = paths.visible(assets.path(name), "*.gguf")
@@ -127,12 +131,22 @@ def _dequantised(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as temporary:
             finished = Path(temporary, name)
             _convert(file, finished)
+            (finished / _SUMS).write_text(json.dumps(_sums(finished)), encoding="utf-8")
             try:
                 finished.rename(target)
             except OSError:  # another process may have been faster
                 if not target.is_dir():
                     raise
+    if (target / _SUMS).is_file() and paths.read_json(target / _SUMS) != _sums(target):
+        raise ValueError(
+            f"received {target}, in which files have changed, expected them whole; delete it to make it anew"
+        )
     return target
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file."""
+    return {file.name: assets.file_sum(file) for file in paths.visible(folder) if file.name != _SUMS}
 
 
 def _convert(file: Path, folder: Path) -> None:
