@@ -29,13 +29,13 @@ LONG = os.environ.get("LIMBECK_TORTURE") == "1"
 FLIPS, CUTS = (2000, 100) if LONG else (25, 6)
 
 
-def damaged(whole, *, seed=0):
+def damaged(whole, *, flips=FLIPS, seed=0):
     """A file's bytes emptied, cut at some places, and with one bit of some bytes changed; each with what was done."""
     source = random.Random(seed)
     yield "emptied", b""
     for place in sorted({1, len(whole) // 2, *(source.randrange(1, len(whole)) for _ in range(CUTS))}):
         yield f"cut to {place}", whole[:place]
-    for place in sorted({source.randrange(len(whole)) for _ in range(FLIPS)}):
+    for place in sorted({source.randrange(len(whole)) for _ in range(flips)}):
         yield f"byte {place}", bytes([*whole[:place], whole[place] ^ (1 << source.randrange(8)), *whole[place + 1 :]])
 
 
@@ -48,11 +48,11 @@ def attempt(read, file, *, by=None):
         return None
 
 
-def check(file, read, *, watched=False, by=None):
+def check(file, read, *, watched=False, by=None, flips=FLIPS):
     """Damage a file in every way; where it still reads, it must read as before, or a checksum must watch over it."""
     whole, before = file.read_bytes(), read()
     assert before is not None
-    for what, content in damaged(whole):
+    for what, content in damaged(whole, flips=flips):
         file.write_bytes(content)
         after = attempt(read, file, by=by)
         assert after is None or equal(after, before) or (watched and content), (file, what)
@@ -171,7 +171,7 @@ def test_an_asset(copied, monkeypatch):
 
 def test_notebooks(copied):
     file = copied / "notebooks/sinkd/fig_permutation.ipynb"
-    check(file, lambda: (digests.of_notebook(file), digests.cells(file))[1], watched=True)
+    check(file, lambda: (digests.of_notebook(file), digests.cells(file))[1], watched=True, flips=FLIPS // 5)
     whole = digests.of_notebook(file)
     shutil.copy(copied / "notebooks/sinkd/table_encoder.ipynb", file)
     assert digests.of_notebook(file) != whole
@@ -269,7 +269,7 @@ def test_a_record_from_a_stranger_is_refused_by_name(copied, name):
         "a: 1\na: 2",
         "a: .nan",
         "a: .inf",
-        "[" * 5000,
+        "[" * 2000,
         "a: *b",
         "\x00",
         "- 1",

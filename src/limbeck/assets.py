@@ -144,18 +144,19 @@ def _asset(name: str) -> Asset:
     return assets[name]
 
 
-def _sha256(file: Path) -> str:
+def file_sum(file: Path) -> str:
+    """The sha256 of a file."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _is_intact(target: Path, asset: Asset) -> bool:
     files = [(target / member.to, member) for member in asset.members.values()]
-    return all(f.is_file() and f.stat().st_size == m.bytes and _sha256(f) == m.sha256 for f, m in files)
+    return all(f.is_file() and f.stat().st_size == m.bytes and file_sum(f) == m.sha256 for f, m in files)
 
 
 def _check(asset: Asset, file: Path, expected: str) -> None:
-    if (received := _sha256(file)) != expected:
+    if (received := file_sum(file)) != expected:
         advice = "Fetch it again; if it stays so, this is not the file the experiments were run with: do not use it"
         raise ValueError(f"asset {asset.name!r}: {file.name} has sha256 {received}, expected {expected}. {advice}")
 

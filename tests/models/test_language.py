@@ -102,6 +102,11 @@ def test_smollm2_is_copied_once_and_knows_a_capital(tmp_path, monkeypatch):
     assert (folder.stat().st_mtime_ns, model.dtype) == (stamp, torch.float32)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    with pytest.raises(ValueError, match=rf"received {folder}, in which files have changed, .* delete it to make it"):
+        language.load("smollm2", tokenizer, seed=0)
 
 
 TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ '[TURN]' }} \n{% endfor %}"

@@ -47,6 +47,25 @@ def test_a_data_set_without_the_columns_is_refused(tmp_path):
         classification.examples(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "\0\0", '{"text": "a", "label": "x"}\n{"text": "b", "la', '{"text": 3, "label": "x"}', '{"text": null}'],
+)
+def test_a_file_that_is_no_data_is_refused_with_its_folder(tmp_path, content):
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=f"data set {tmp_path}"):
+        classification.examples(str(tmp_path))
+
+
+def test_hidden_files_of_a_folder_and_rows_without_a_label_are_left_out(tmp_path):
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": None}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in (".hidden.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": "c", "label": "x"}))
+    assert classification.examples(str(tmp_path)) == [("a", "x", None)]
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_our_tasks_have_their_classes_and_no_text_twice(name):
     examples = classification.examples(name)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from limbeck import models, sampling, seeding
 from limbeck.adapters import NolaConfig
 from limbeck.losses import divergence, kdrl, policy
+from limbeck.models import language
 from limbeck.training import grpo, objectives, rollouts
 from limbeck.training.rollouts import Problem, Verdict
 
@@ -363,17 +364,17 @@ def tokenizer(words, **special):
 def test_a_teacher_of_another_vocabulary_is_refused_and_one_of_another_end_is_not():
     words = ["?", "[E]", "[P]", "a", "b"]
     student = tokenizer(words, eos_token="[E]", pad_token="[P]")
-    rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[P]"))
+    language.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[P]"))
     with pytest.raises(
         ValueError, match="5 and 6 tokens, expected equal ones; 'c' is None for the student and 5 for the teacher"
     ):
-        rollouts.require_one_vocabulary(student, tokenizer([*words, "c"], eos_token="[E]", pad_token="[P]"))
+        language.require_one_vocabulary(student, tokenizer([*words, "c"], eos_token="[E]", pad_token="[P]"))
     with pytest.raises(ValueError, match="expected equal ones; 'a' is 3 for the student and 4 for the teacher"):
         turned = [*words[:3], "b", "a"]
-        rollouts.require_one_vocabulary(student, tokenizer(turned, eos_token="[E]", pad_token="[P]"))
-    rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[P]", pad_token="[P]"))
+        language.require_one_vocabulary(student, tokenizer(turned, eos_token="[E]", pad_token="[P]"))
+    language.require_one_vocabulary(student, tokenizer(words, eos_token="[P]", pad_token="[P]"))
     with pytest.raises(ValueError, match=r"pad_token '\[P\]' for the student and '\[E\]' for the teacher"):
-        rollouts.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[E]"))
+        language.require_one_vocabulary(student, tokenizer(words, eos_token="[E]", pad_token="[E]"))
 
 
 def on_first_step(run, arm, teacher_ends):

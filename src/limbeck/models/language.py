@@ -7,6 +7,7 @@ GGUF, which transformers reads slowly and cannot write; it is copied once to a p
 Left out: dropout, as in `models`; models come in evaluation mode.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable
@@ -37,7 +38,7 @@ from limbeck import assets, paths, seeding
 
 END = "[EOS]"
 _MARK = "MARK"
-_QUANTISED = ("smollm2",)
+_QUANTISED, _SUMS = ("smollm2",), "sums.json"
 _SHAPE = re.compile(r"(llama|t5)-(\d+)x(\d+)")
 _HEAD_WIDTH, _INNER = 16, 4  # of the untrained ones: width of a head, and of the feed-forward part in widths
 _STACKS = (("layers", "norm"), ("h", "ln_f"))  # Llama and its kin; GPT-Neo and its kin
@@ -59,6 +60,22 @@ def load_tokenizer(name: str, texts: Iterable[str]) -> PreTrainedTokenizerBase:
     trainer = trainers.WordLevelTrainer(min_frequency=2, special_tokens=list(special.values()), show_progress=False)
     words.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def require_one_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless two tokenizers give every token the same number, and begin and pad with the same.
+
+    What they end with may differ: that is what `rollouts.Run.teacher_ends` is for.
+    """
+    one, other = student.get_vocab(), teacher.get_vocab()
+    if one != other:
+        token = min(set(one.items()) ^ set(other.items()))[0]
+        numbers = f"{token!r} is {one.get(token)} for the student and {other.get(token)} for the teacher"
+        raise ValueError(f"received vocabularies of {len(one)} and {len(other)} tokens, expected equal ones; {numbers}")
+    for name in ("bos_token", "pad_token"):
+        left, right = getattr(student, name), getattr(teacher, name)
+        if left != right:
+            raise ValueError(f"received {name} {left!r} for the student and {right!r} for the teacher, expected one")
 
 
 def end_tokens(
@@ -177,7 +194,10 @@ def _source(name: str) -> str:
 
 
 def _dequantised(name: str) -> Path:
-    """The folder with the float32 copy of an asset's GGUF; made where it is missing, whole or not at all."""
+    """The folder with the float32 copy of an asset's GGUF; made where it is missing, whole or not at all.
+
+    Raises ValueError for one whose files have changed since.
+    """
     target = paths.DATA / "processed" / f"{name}-{assets.checksum(name)[:8]}"
     if not target.is_dir():
         (file,) = paths.visible(assets.path(name), "*.gguf")
@@ -185,12 +205,22 @@ def _dequantised(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as temporary:
             finished = Path(temporary, name)
             _convert(file, finished)
+            (finished / _SUMS).write_text(json.dumps(_sums(finished)), encoding="utf-8")
             try:
                 finished.rename(target)
             except OSError:  # another process may have been faster
                 if not target.is_dir():
                     raise
+    if (target / _SUMS).is_file() and paths.read_json(target / _SUMS) != _sums(target):
+        raise ValueError(
+            f"received {target}, in which files have changed, expected them whole; delete it to make it anew"
+        )
     return target
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file."""
+    return {file.name: assets.file_sum(file) for file in paths.visible(folder) if file.name != _SUMS}
 
 
 def _convert(file: Path, folder: Path) -> None:

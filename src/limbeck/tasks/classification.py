@@ -2,7 +2,7 @@
 
 A data set is named in the parameters: a task of this package, a GLUE task, or a local folder or hub name for
 `datasets`, with the columns `text` and `label`. Except for GLUE, all parts of a data set are pooled, rows without a
-label (-1) left out; a text that occurs twice is kept once, one with two labels is dropped; then splits are drawn anew.
+label (-1, null) left out; a text that occurs twice is kept once, one with two labels is dropped; then splits are drawn.
 
 Our own are dialogue acts of MultiWOZ's users, VADER's opinions, topics of Reuters and of 20 Newsgroups.
 
@@ -123,14 +123,28 @@ def _pairs(name: str) -> list[tuple[str, str]]:
 
 
 def _from_datasets(name: str) -> list[tuple[str, str]]:
-    from datasets import Dataset, concatenate_datasets, load_dataset  # noqa: PLC0415  (slow, and only needed here)
+    from datasets import Dataset, concatenate_datasets  # noqa: PLC0415  (slow, and only needed here)
 
-    rows: Dataset = concatenate_datasets(list(load_dataset(name).values()))
+    rows: Dataset = concatenate_datasets(list(loaded(name).values()))
     if missing := {"text", "label"} - set(rows.column_names):
         raise ValueError(
             f"data set {name} needs the columns text and label; {sorted(missing)} not in {rows.column_names}"
         )
-    return [(text, str(label)) for text, label in zip(rows["text"], rows["label"], strict=True) if label != -1]
+    if odd := [text for text in rows["text"] if not isinstance(text, str)]:
+        raise ValueError(f"data set {name}: received {odd[0]!r} as a text, expected a string")
+    pairs = zip(rows["text"], rows["label"], strict=True)
+    return [(text, str(label)) for text, label in pairs if label is not None and label != -1]
+
+
+def loaded(*source: str) -> dict[str, Any]:
+    """The splits of a data set by its hub name, or a local folder. Raises ValueError where it cannot be read."""
+    from datasets import load_dataset  # noqa: PLC0415  (slow, and only needed here)
+
+    try:
+        return load_dataset(*source)
+    except Exception as error:  # whatever a file that is no data leads to
+        received = f"{error!r:.200}, from {error.__cause__!r:.200}" if error.__cause__ else f"{error!r:.300}"
+        raise ValueError(f"data set {' '.join(source)}: expected what `datasets` can load, got {received}") from error
 
 
 def draw(items: Sequence[T], sizes: Sequence[int], *, seed: int) -> list[list[T]]:
@@ -250,11 +264,9 @@ def task_and_folder(name: str, tasks: Collection[str]) -> tuple[str, str]:
 
 def load_suite(hub: str, task: str, folder: str, columns: Sequence[str], test: str) -> list[list[dict[str, Any]]]:
     """The rows of the train split and of the one named `test`, without those that have no label (-1)."""
-    from datasets import load_dataset  # noqa: PLC0415  (slow, and only needed here)
-
     if folder and not Path(folder, task).is_dir():
         raise ValueError(f"received {folder} as a copy of {hub}, expected the folder {Path(folder, task)} in it")
-    dataset = load_dataset(str(Path(folder, task))) if folder else load_dataset(hub, task)
+    dataset = loaded(str(Path(folder, task))) if folder else loaded(hub, task)
     parts = []
     for split in ("train", test):
         if split not in dataset or not {*columns, "label"} <= set(dataset[split].column_names):

@@ -118,9 +118,7 @@ def _distance(one: str, other: str) -> int:
 
 
 def _rows(name: str, split: str, columns: set[str], *options: str) -> list[dict[str, Any]]:
-    from datasets import load_dataset  # noqa: PLC0415  (slow, and only needed here)
-
-    dataset = load_dataset(name, *options)
+    dataset = classification.loaded(name, *options)
     if split not in dataset or not columns <= set(dataset[split].column_names):
         raise ValueError(f"data set {name}: expected a split {split} with {sorted(columns)}, received {dataset}")
     return dataset[split].to_list()

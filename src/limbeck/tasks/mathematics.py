@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from limbeck import seeding
+from limbeck.tasks import classification
 from limbeck.tasks.rational import BITS, boxed, number, plain
 
 _ASK = "Please reason step by step, and put your final answer within \\boxed{}."  # from the cards of R1's distillates
@@ -50,14 +51,14 @@ def examples(name: str, count: int, *, columns: Sequence[str], seed: int) -> lis
 
     Raises ValueError for a data set without these columns, or too few problems.
     """
-    from datasets import load_dataset  # noqa: PLC0415  (slow, and only needed here)
-
     golds: dict[str, str] = {}
-    for split, rows in load_dataset(name).items():
+    for split, rows in classification.loaded(name).items():
         if missing := set(columns) - set(rows.column_names):
             received = f"the columns {rows.column_names} in its split {split}"
             raise ValueError(f"data set {name}: received {received}, expected {sorted(missing)} among them")
         for problem, gold in zip(*(rows[column] for column in columns), strict=True):
+            if problem is None or gold is None:
+                raise ValueError(f"data set {name}: received {problem!r} with answer {gold!r}, expected both")
             golds.setdefault(str(problem).strip(), str(gold).strip())
     if count > len(golds):
         raise ValueError(f"received count {count}, expected at most the {len(golds)} problems of {name}")

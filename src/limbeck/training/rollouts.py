@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, distributed, nn
-from transformers import PreTrainedTokenizerBase
 
 from limbeck import models, sampling
 from limbeck.losses.masking import Mask, require_mask
@@ -100,10 +99,10 @@ class Rollout:
     rewards: Float[Tensor, "prompt group"]
     correct: Mask[Tensor, "prompt group"]
     teacher_logprobs: Float[Tensor, "batch time"] | None = None
-    teacher_mask: Bool[Tensor, "batch time"] | None = None
+    teacher_mask: Mask[Tensor, "batch time"] | None = None
 
     @property
-    def taught(self) -> Bool[Tensor, "batch time"]:
+    def taught(self) -> Mask[Tensor, "batch time"]:
         """The mask of the tokens in which a teacher has a say."""
         return self.mask if self.teacher_mask is None else self.teacher_mask
 
@@ -292,19 +291,3 @@ def _judged(verify: Callable[[Problem, Tokens], Verdict], problem: Problem, toke
     if not math.isfinite(verdict.reward):
         raise ValueError(f"received the reward {verdict.reward} for problem {problem.name!r}, expected a finite one")
     return verdict
-
-
-def require_one_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless two tokenizers give every token the same number, and begin and pad with the same.
-
-    What they end with may differ: that is what `Run.teacher_ends` is for.
-    """
-    one, other = student.get_vocab(), teacher.get_vocab()
-    if one != other:
-        token = min(set(one.items()) ^ set(other.items()))[0]
-        numbers = f"{token!r} is {one.get(token)} for the student and {other.get(token)} for the teacher"
-        raise ValueError(f"received vocabularies of {len(one)} and {len(other)} tokens, expected equal ones; {numbers}")
-    for name in ("bos_token", "pad_token"):
-        left, right = getattr(student, name), getattr(teacher, name)
-        if left != right:
-            raise ValueError(f"received {name} {left!r} for the student and {right!r} for the teacher, expected one")

@@ -143,7 +143,7 @@ def load_teacher(params: Params, problems: WordProblems, workspace: Workspace) -
     """The teacher. Raises ValueError if its vocabulary is not the student's."""
     if params.teacher == FURTHER:
         return imitation.restore(load_student(params, problems, workspace), workspace.checkpoints, TEACHER)
-    rollouts.require_one_vocabulary(problems.tokenizer, language.load_tokenizer(params.teacher, problems.texts))
+    language.require_one_vocabulary(problems.tokenizer, language.load_tokenizer(params.teacher, problems.texts))
     return _loaded(params.teacher, problems, workspace)
 
 
