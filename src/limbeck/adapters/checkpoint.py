@@ -107,9 +107,13 @@ def _verified(
     given = {stream: entries[key].cpu() for key, (stream, _) in streams.items()} if config.save_basis else {}
     for key, (stream, number) in streams.items() if given else ():
         _require(f"shape of {key}", tuple(given[stream].shape), (number, stream.size))
-    _require("seed", entries[f"{ROOT}seed"].item(), config.basis_seed)
+    for name, dtype in {"seed": torch.int64, "generator": torch.uint8, "checksum": torch.uint8}.items():
+        entry = entries[f"{ROOT}{name}"]
+        _require(f"dtype and axes of the {name}", (entry.dtype, entry.dim()), (dtype, 1))
+    seeds = entries[f"{ROOT}seed"].tolist()
+    _require("seed", *(seeds if len(seeds) == 1 else [seeds]), config.basis_seed)
     if not given:
-        _require("generator", bytes(entries[f"{ROOT}generator"].tolist()).decode(), GENERATOR)
+        _require("generator", bytes(entries[f"{ROOT}generator"].tolist()).decode(errors="replace"), GENERATOR)
     checksum = Bank(given).checksum(stream for stream, _ in streams.values())
     _require("checksum of its bases", bytes(entries[f"{ROOT}checksum"].tolist()).hex(), checksum.hex())
     return given

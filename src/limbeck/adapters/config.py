@@ -1,6 +1,6 @@
 """What a NOLA adapter is made of; PEFT saves it as adapter_config.json."""
 
-import math
+import re
 from dataclasses import dataclass
 
 from peft import PeftConfig
@@ -11,6 +11,7 @@ from limbeck.adapters.factor import require_bits
 INITS = ("noop", "mean")
 BLOCKS = ("q", "k", "v")  # the column blocks of a fused projection, in their order
 MAX_SEED = 2**63
+MAX_ALPHA = 2.0**64
 
 
 def _require_integer(name: str, value: object, least: int) -> None:
@@ -21,6 +22,18 @@ def _require_integer(name: str, value: object, least: int) -> None:
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"received {name} {value!r}, expected one of {', '.join(choices)}")
+
+
+def _require_names(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a pattern, names, or None. What a stranger's file holds may be anything."""
+    pattern = value if isinstance(value, str) and name not in ("modules_to_save", "layers_pattern") else ""
+    named = isinstance(value, list | tuple | set) and all(isinstance(each, str) for each in value)
+    try:
+        re.compile(pattern)
+    except re.error as fault:
+        raise ValueError(f"received {name} {value!r}, expected a regular expression: {fault}") from fault
+    if not (value is None or named or (isinstance(value, str) and name != "modules_to_save")):
+        raise ValueError(f"received {name} {value!r}, expected names")
 
 
 @dataclass
@@ -62,14 +75,10 @@ class NolaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "NOLA"
+        self._require_types()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                f"received layers_to_transform {self.layers_to_transform!r} with the pattern {self.target_modules!r}, "
-                "which would ignore them; expected a list of target_modules, or the layers in the pattern"
-            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"received layers_pattern {self.layers_pattern!r}, expected layers_to_transform with it")
         if isinstance(self.num_basis, list):
@@ -83,19 +92,35 @@ class NolaConfig(PeftConfig):
         if self.basis_seed >= MAX_SEED:
             raise ValueError(f"received basis_seed {self.basis_seed}, expected less than 2^63")
         number = isinstance(self.nola_alpha, int | float) and not isinstance(self.nola_alpha, bool)
-        if not number or not 0 < self.nola_alpha < math.inf:
-            raise ValueError(f"received nola_alpha {self.nola_alpha!r}, expected a positive number")
+        if not number or not 0 < self.nola_alpha < MAX_ALPHA:
+            raise ValueError(f"received nola_alpha {self.nola_alpha!r}, expected a positive number below {MAX_ALPHA:g}")
         _require_choice("init", self.init, INITS)
         _require_choice("basis_distribution", self.basis_distribution, DISTRIBUTIONS)
         if self.quant_bits is not None:
             require_bits(self.quant_bits)
         self.fused_slices = self._slices()
 
+    def _require_types(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            _require_names(name, getattr(self, name))
+        for name in ("share_basis", "save_basis", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"received {name} {getattr(self, name)!r}, expected true or false")
+        layers = self.layers_to_transform
+        for layer in layers if isinstance(layers, list | tuple) else [] if layers is None else [layers]:
+            _require_integer("layers_to_transform", layer, 0)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"received layers_to_transform {self.layers_to_transform!r} with the pattern {self.target_modules!r}, "
+                "which would ignore them; expected a list of target_modules, or the layers in the pattern"
+            )
+
     def _slices(self) -> dict[str, tuple[str, ...]] | None:
         if not isinstance(self.fused_slices, dict | None):
             raise ValueError(f"received fused_slices {self.fused_slices!r}, expected a dict of module and slices")
         for module, names in (self.fused_slices or {}).items():
-            if not names or len(set(names)) < len(names) or not set(names) <= set(BLOCKS):
+            known = isinstance(names, list | tuple | str) and all(name in BLOCKS for name in names)
+            if not names or not known or len(set(names)) < len(names):
                 raise ValueError(f"received the slices {names!r} of {module}, expected some of {', '.join(BLOCKS)}")
         return {module: tuple(names) for module, names in self.fused_slices.items()} if self.fused_slices else None
 

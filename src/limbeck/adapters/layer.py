@@ -106,6 +106,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):
             )
         names = [f"{key}.{block}" for block in blocks] if blocks else [key]
         width = out // len(BLOCKS) if blocks else out
+        self._require_use(config, key, width)
         self.nola_factors[adapter_name] = self._new_factors(config, names, width, bank)
         self.scaling[adapter_name], self.blocks[adapter_name] = config.nola_alpha / config.r, blocks
         weight = self.get_base_layer().weight
@@ -114,6 +115,16 @@ class NolaLayer(nn.Module, BaseTunerLayer):
             start = torch.full((len(names), number), value, dtype=wide(weight.dtype), device=weight.device)
             getattr(self, part)[adapter_name] = nn.Parameter(start)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _require_use(self, config: NolaConfig, key: str, width: int) -> None:
+        """Raise ValueError for more than any matrix needs: a stranger's config may ask for any amount of memory."""
+        most = max(self.in_features, width)
+        most_rank, most_basis = max(1024, most), max(2**16, config.r * most)
+        if config.r > most_rank or max(config.numbers) > most_basis:
+            raise ValueError(
+                f"received r {config.r} and num_basis {config.num_basis} for {key} of {self.in_features} inputs and "
+                f"{width} outputs, expected at most {most_rank} and {most_basis}: more make no other updates"
+            )
 
     def _new_factors(self, config: NolaConfig, names: list[str], width: int, bank: Bank) -> tuple[Factor, Factor]:
         """A and B of matrices [in, width]. Shared bases have their shape as key, others the name of their matrix."""

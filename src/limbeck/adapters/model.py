@@ -88,6 +88,8 @@ class NolaModel(BaseTuner):
         parts = {"base_model", *(part for key, _ in model.named_modules(prefix="model") for part in key.split("."))}
         if adapter_name in parts or "." in adapter_name:
             raise ValueError(f"received adapter name {adapter_name!r}, expected no dot and no part of a module's name")
+        if not adapter_name or not adapter_name.isprintable() or re.search(r"[/\\]", adapter_name):
+            raise ValueError(f"received adapter name {adapter_name!r}, expected one of a folder, which it is saved in")
         if kwargs.get("state_dict") is None:  # which else tells the modules by its keys
             self._require_matches(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
