@@ -15,7 +15,7 @@ from torch import nn
 from limbeck.adapters import NolaConfig, basis
 from limbeck.adapters.basis import Stream
 
-ROOT = "base_model.nola_"
+ROOT = "base_model.model.nola_"
 FRESH = """
 import sys, random, numpy, torch
 sys.path.insert(0, {here!r})
@@ -83,9 +83,10 @@ def test_the_file_holds_coefficients_and_their_origin_alone(tmp_path):
     trained("gpt2").save_pretrained(str(tmp_path))
     state = load_file(tmp_path / "adapter_model.safetensors")
     layers = {
-        f"base_model.model.transformer.h.{i}.{name}.nola_coefficients": (rows, 12)
+        f"base_model.model.transformer.h.{i}.{name}.nola_coefficients.{part}": (rows, number)
         for i in range(2)
         for name, rows in {"attn.c_attn": 2, "mlp.c_fc": 1}.items()
+        for part, number in {"a": 7, "b": 5}.items()
     }
     assert {key: tuple(value.shape) for key, value in state.items() if not key.startswith(ROOT)} == layers
     assert {key for key in state if key.startswith(ROOT)} == {
@@ -131,35 +132,39 @@ def load(folder, state=None, name="llama", host=None, **config):
     return PeftModel.from_pretrained(tiny_hosts.host(name) if host is None else host, str(folder))
 
 
-COEFFICIENTS = "base_model.model.model.layers.1.self_attn.q_proj.nola_coefficients"
+COEFFICIENTS = "model.layers.1.self_attn.q_proj.nola_coefficients.b"
 
 
 def test_a_missing_and_an_unexpected_key_are_refused(saved):
     folder, state = saved
-    lost = {key: value for key, value in state.items() if key != COEFFICIENTS}
+    whole = f"base_model.model.{COEFFICIENTS}"
+    lost = {key: value for key, value in state.items() if key != whole}
     with pytest.raises(ValueError, match=rf"without \['{COEFFICIENTS}'\] and with \[\], expected"):
         load(folder, lost)
-    extra = "base_model.model.model.layers.1.self_attn.o_proj.nola_coefficients"
+    extra = "model.layers.1.self_attn.o_proj.nola_coefficients.b"
     with pytest.raises(ValueError, match=rf"without \[\] and with \['{extra}'\], expected"):
-        load(folder, state | {extra: state[COEFFICIENTS].clone()})
-    with pytest.raises(ValueError, match=r"with \['base_model.model.lora'\]"):
+        load(folder, state | {f"base_model.model.{extra}": state[whole].clone()})
+    with pytest.raises(ValueError, match=r"with \['lora'\]"):
         load(folder, state | {"base_model.model.lora": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"without .*k_proj.nola_coefficients'\] and with \[.*q_proj"):
-        load(folder, state, target_modules=["k_proj", "v_proj", "down_proj"])
+    with pytest.raises(ValueError, match=r"without .*k_proj.nola_coefficients.b'\] and with \[.*q_proj"):
+        load(folder, state, target_modules=["k_proj", "v_proj", "down_proj"], basis_checksum=None)
 
 
 def test_another_shape_is_refused(saved):
     folder, state = saved
-    with pytest.raises(ValueError, match=rf"shape of {COEFFICIENTS} \(1, 11\), expected \(1, 12\)"):
-        load(folder, state | {COEFFICIENTS: state[COEFFICIENTS][:, :11].contiguous()})
-    with pytest.raises(ValueError, match=r"shape of .* \(1, 12\), expected \(1, 13\)"):
+    whole = f"base_model.model.{COEFFICIENTS}"
+    with pytest.raises(ValueError, match=rf"shape of {COEFFICIENTS} \(1, 4\), expected \(1, 5\)"):
+        load(folder, state | {whole: state[whole][:, :4].contiguous()})
+    with pytest.raises(ValueError, match=r"shape of .*a \(1, 7\), expected \(1, 8\)"):
         load(folder, state, num_basis=[8, 5])
 
 
 def test_another_seed_generator_or_basis_is_refused(saved, monkeypatch):
     folder, state = saved
-    with pytest.raises(ValueError, match="with the seed 0, expected 1"):
+    with pytest.raises(ValueError, match="checksum of its bases"):
         load(folder, state, basis_seed=1)
+    with pytest.raises(ValueError, match="with the seed 0, expected 1"):
+        load(folder, state, basis_seed=1, basis_checksum=None)
     with pytest.raises(ValueError, match="with the seed 1, expected 0"):
         load(folder, state | {f"{ROOT}seed": torch.tensor([1])}, basis_seed=0)
     both = state | {f"{ROOT}seed": torch.tensor([1])}
@@ -258,6 +263,67 @@ def test_what_transformers_saved_is_read_too(tmp_path):
     host.save_pretrained(str(tmp_path))
     read = PeftModel.from_pretrained(tiny_hosts.host("llama"), str(tmp_path))
     assert torch.equal(outputs("llama", read), expected)
+
+
+EARLIER = {  # written when alpha and beta lay side by side, and the scales of all modules together
+    "plain": ("gpt2", {}),
+    "three_bits": ("gpt2", {"quant_bits": 3}),
+    "with_bases": ("gpt2", {"save_basis": True, "share_basis": False}),
+    "by_transformers": ("llama", {}),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("folder", EARLIER)
+def test_files_of_the_first_layout_are_read_and_saved_in_this_one(folder, low_cpu_mem_usage, tmp_path):
+    (name, options), expected = EARLIER[folder], str(Path(__file__).parent / "earlier_layout" / folder)
+    read = PeftModel.from_pretrained(tiny_hosts.host(name), expected, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(outputs(name, read), outputs(name, trained(name, **options)))
+    read.save_pretrained(str(tmp_path))
+    host = tiny_hosts.host(name)
+    host.load_adapter(str(tmp_path))
+    assert torch.equal(outputs(name, host), outputs(name, read))
+
+
+@pytest.mark.parametrize("folder", EARLIER)
+def test_a_file_of_the_first_layout_is_refused_by_loaders_that_would_lose_it(folder):
+    """Transformers would find none of its keys, and compute without the adapter."""
+    host = tiny_hosts.host(EARLIER[folder][0])
+    keys = set(host.state_dict())
+    with pytest.raises(ValueError, match=r"first layout, which only `PeftModel.from_pretrained` reads.*save it again"):
+        host.load_adapter(str(Path(__file__).parent / "earlier_layout" / folder))
+    assert set(host.state_dict()) == keys
+
+
+def test_damaged_files_of_the_first_layout_are_refused(tmp_path):
+    folder = Path(__file__).parent / "earlier_layout" / "three_bits"
+    state = load_file(folder / "adapter_model.safetensors")
+    model, key = tiny_hosts.adapted("gpt2", quant_bits=3), "base_model.model.transformer.h.0.mlp.c_fc.nola_coefficients"
+    scales = state["base_model.nola_scales"]
+    changes = [
+        (key, state[key][:, :-1], r"packed coefficients of torch\.uint8 \(1, 12\), expected uint8 \(1, 13\)"),
+        (key, state[key].repeat(2, 1), r"number of rows of .*c_fc\.nola_coefficients"),
+        ("base_model.nola_scales", scales[1:], r"shape of nola_scales \(5, 2\), expected \(6, 2\)"),
+    ]
+    for changed, value, message in changes:
+        with pytest.raises(ValueError, match=message):
+            set_peft_model_state_dict(model, state | {changed: value})
+
+
+def test_the_folder_says_what_has_to_be_imported(tmp_path):
+    """PEFT knows the method only where limbeck is imported, and says no more than its name."""
+    for _ in range(2):
+        trained("llama").save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["package"] == "limbeck"
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import limbeck.adapters") == 1
+    assert card.startswith("---")
+    host = tiny_hosts.host("llama")
+    host.add_adapter(tiny_hosts.config("llama"))
+    host.save_pretrained(str(tmp_path / "host"))
+    assert "import limbeck.adapters" in (tmp_path / "host" / "README.md").read_text()
+    with pytest.raises(ValueError, match="package 'another', expected one of limbeck"):
+        NolaConfig(package="another")
 
 
 def test_two_adapters_of_one_model_are_saved_and_loaded_apart(tmp_path):

@@ -4,7 +4,7 @@ import jaxtyping
 import pytest
 import tiny_hosts
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from limbeck.adapters import NolaConfig
@@ -56,7 +56,7 @@ def test_no_configuration_starts_dead():
             assert all(bool(c.all()) == (init == "mean") for c in layer.coefficients("default"))
             assert bool(b.any()) == (init == "mean")
         tiny_hosts.outputs("mlp", model).square().sum().backward()
-        grads = [layer.nola_coefficients_b["default"].grad for layer in tiny_hosts.nola_layers(model).values()]
+        grads = [layer.nola_coefficients["default"].b.grad for layer in tiny_hosts.nola_layers(model).values()]
         assert all(grad.abs().min() > 0 for grad in grads)
 
 
@@ -124,7 +124,32 @@ def test_the_linear_layers_of_an_encoder_layer_are_adapted_only_where_they_are_c
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-@pytest.mark.parametrize("name", ["first", "model", "base_model", "a.b"])
+@pytest.mark.parametrize("name", ["first", "model", "base_model", "a.b", "keys", ""])
 def test_an_adapter_name_that_peft_would_confuse_with_a_module_is_refused(name):
-    with pytest.raises(ValueError, match=f"adapter name '{name}', expected no dot and no part"):
+    with pytest.raises(ValueError, match=f"adapter name '{name}', expected no dot.* with modules_to_save no part"):
         tiny_hosts.get_peft_model(tiny_hosts.host("mlp"), tiny_hosts.config("mlp"), adapter_name=name)
+
+
+def test_modules_to_save_are_refused_beside_an_adapter_called_as_a_part_of_their_name():
+    model = tiny_hosts.get_peft_model(tiny_hosts.host("mlp"), NolaConfig(target_modules=["first"]), adapter_name="head")
+    with pytest.raises(ValueError, match=r"adapter name 'head', expected .* no part of a module's name"):
+        model.add_adapter("other", tiny_hosts.config("mlp"))
+
+
+@pytest.mark.parametrize("name", ["0", "model", "q_proj", "weight", "a", "nola_coefficients", "base_model"])
+def test_an_adapter_called_as_a_part_of_a_modules_name_is_saved_beside_another(name, tmp_path):
+    """PEFT leaves every key with the name of another adapter out of the state dict that it hands over."""
+    model = tiny_hosts.perturb(tiny_hosts.adapted("llama"))
+    model.add_adapter(name, tiny_hosts.config("llama", basis_seed=3))
+    model.set_adapter(name)
+    tiny_hosts.perturb(model, seed=5)
+    expected = {}
+    for adapter in ("default", name):
+        model.set_adapter(adapter)
+        expected[adapter] = tiny_hosts.outputs("llama", model)
+    assert (expected["default"] - expected[name]).abs().max() > 1e-3
+    model.save_pretrained(str(tmp_path))
+    for adapter, folder in {"default": tmp_path, name: tmp_path / name}.items():
+        for called in ("default", name):
+            read = PeftModel.from_pretrained(tiny_hosts.host("llama"), str(folder), adapter_name=called)
+            assert torch.equal(tiny_hosts.outputs("llama", read), expected[adapter])

@@ -158,8 +158,8 @@ def test_the_start_changes_nothing_and_only_beta_learns_at_first(name):
         assert torch.equal(tiny_hosts.outputs(name, model), tiny_hosts.outputs(name, tiny_hosts.host(name)))
     tiny_hosts.outputs(name, model).square().sum().backward()
     for layer in tiny_hosts.nola_layers(model).values():
-        assert not layer.nola_coefficients_a["default"].grad.any()
-        assert layer.nola_coefficients_b["default"].grad.abs().min() > 0
+        assert not layer.nola_coefficients["default"].a.grad.any()
+        assert layer.nola_coefficients["default"].b.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("name", tiny_hosts.HOSTS)

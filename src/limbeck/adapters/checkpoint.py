@@ -1,40 +1,55 @@
 """What the file of an adapter holds: its coefficients, and from which bases they are counted; never the bases.
 
-For each adapted module [alpha, beta], one row per matrix (`nola_coefficients`; packed into bytes with `nola_scales` if
-quantised), and of the whole adapter the seed, the generator and a checksum of its bases. Loading is strict:
-a key, a shape or a base that differs is an error, since PEFT itself would go on with coefficients of other bases.
+For each adapted module alpha and beta as `nola_coefficients.a` and `.b`, one row per matrix, or packed into bytes as
+the extra state of `nola_coefficients` if quantised; and of the whole adapter the seed, the generator and a checksum of
+its bases, which stands in adapter_config.json too, where every loader meets it. Loading is strict: a key, a shape or a
+base that differs is an error, since PEFT itself would go on with coefficients of other bases.
 
 An adapter in other forms: as plain LoRA (`to_lora`), which any server of LoRA can host, or at fewer bits (`quantise`).
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX as PACKED
 from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters.basis import GENERATOR, Bank, Stream
 from limbeck.adapters.config import NolaConfig
-from limbeck.adapters.factor import dequantised, levels, packed, quantised, require_bits, unpacked, wide
-from limbeck.adapters.layer import NolaLayer
+from limbeck.adapters.factor import from_rows, quantised, require_bits, to_rows, wide
+from limbeck.adapters.layer import NolaLayer, PackedCoefficients
 
 PREFIX = "base_model.model."  # of a PeftModel's keys; a model with injected layers alone has none
-ROOT = "base_model.nola_"
+ROOT = "nola_"  # of the keys that belong to the whole adapter, behind the prefix
+COEFFICIENTS = "nola_coefficients"
+_WRAPPERS = re.compile(r"\b_(?:fsdp_wrapped_module|checkpoint_wrapped_module)\.")  # no state dict has them
+_COMPILED = re.compile(r"\b_orig_mod\.")
+
+
+def bare(name: str) -> str:
+    """The module's name without what FSDP, checkpointing or compiling put around it."""
+    return _COMPILED.sub("", _WRAPPERS.sub("", name))
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, NolaLayer]:
+    """Name in the state dict -> layer of the modules that have this adapter."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, NolaLayer))
+    return {_WRAPPERS.sub("", name): layer for name, layer in layers if adapter_name in layer.nola_factors}
 
 
 def adapted(model: nn.Module, adapter_name: str) -> dict[str, NolaLayer]:
-    """Name -> layer of the modules that have this adapter."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, NolaLayer))
-    return {name: layer for name, layer in layers if adapter_name in layer.nola_factors}
+    """Bare name -> layer of the modules that have this adapter."""
+    return {bare(name): layer for name, layer in _layers(model, adapter_name).items()}
 
 
-def _streams(layers: dict[str, NolaLayer], adapter_name: str) -> dict[str, tuple[Stream, int]]:
+def _streams(layers: Iterable[NolaLayer], adapter_name: str) -> dict[str, tuple[Stream, int]]:
     """Key in the file -> a stream of the adapter, and how many of its bases count."""
     streams_by_key = {}
-    for factor in (factor for layer in layers.values() for factor in layer.nola_factors[adapter_name]):
+    for factor in (factor for layer in layers for factor in layer.nola_factors[adapter_name]):
         for number, streams in ((factor.number, factor.streams), (1, factor.fixed)):
             streams_by_key |= {f"{ROOT}basis.{stream.key}.{stream.factor}": (stream, number) for stream in streams}
     return streams_by_key
@@ -44,60 +59,103 @@ def _bytes(text: bytes) -> Tensor:
     return torch.tensor(list(text), dtype=torch.uint8)
 
 
-def _require(name: str, received: object, expected: object) -> None:
+def _require(name: str, received: object, expected: object, remedy: str = "") -> None:
     if received != expected:
-        raise ValueError(f"received an adapter with the {name} {received}, expected {expected}")
+        raise ValueError(f"received an adapter with the {name} {received}, expected {expected}{remedy}")
+
+
+_OTHER_BASES = ", as saved: the model's widths, the settings or the generator differ (basis_checksum=None starts anew)"
+
+
+class _Unread(Bank):
+    """In place of bases that the file holds, until a loader reads them: they are drawn only if they are the same."""
+
+    def __init__(self, streams: list[Stream], checksum: str):
+        super().__init__()
+        self.streams, self.expected = streams, checksum
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"streams": self.streams, "expected": self.expected}
+
+    def draw(self, stream: Stream, start: int, count: int) -> Tensor:
+        """Raises ValueError where the generator has others."""
+        remedy = ", as saved: `PeftModel.from_pretrained` reads the file's own"
+        _require("checksum of its bases", Bank().checksum(self.streams).hex(), self.expected, remedy)
+        return super().draw(stream, start, count)
+
+
+def require_bases(layers: dict[str, NolaLayer], config: NolaConfig, adapter_name: str) -> None:
+    """Raise ValueError where a loaded config was saved with other bases than these layers have."""
+    if config.basis_checksum is None:
+        return
+    streams = [stream for stream, _ in _streams(layers.values(), adapter_name).values()]
+    if config.save_basis:
+        _take_from(layers, adapter_name, _Unread(streams, config.basis_checksum))
+    else:
+        _require("checksum of its bases", Bank().checksum(streams).hex(), config.basis_checksum, _OTHER_BASES)
+
+
+def _take_from(layers: dict[str, NolaLayer], adapter_name: str, bank: Bank) -> None:
+    for factor in (factor for layer in layers.values() for factor in layer.nola_factors[adapter_name]):
+        factor.take_from(bank)
+
+
+def _pair(state_dict: dict[str, Tensor], name: str, layer: NolaLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """alpha and beta of the state dict, which lacks a layer's where another adapter is called as a part of its name."""
+    key, own = f"{name}.{COEFFICIENTS}.{adapter_name}", zip("ab", layer.coefficients(adapter_name), strict=True)
+    a, b = (state_dict.get(f"{key}.{part}", coefficients.detach()) for part, coefficients in own)
+    for part, factor in zip((a, b), layer.nola_factors[adapter_name], strict=True):
+        _require(f"shape of {key}, perhaps sharded,", tuple(part.shape), (len(factor.streams), factor.number))
+    return a, b
 
 
 def to_file(
     model: nn.Module, config: NolaConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The entries of the file; `state_dict` is the model's."""
-    layers = adapted(model, adapter_name)
+    """The entries of the file, with the adapter's name in each key as in `state_dict`, the model's."""
+    layers = _layers(model, adapter_name)
     bank = next(iter(layers.values())).nola_factors[adapter_name][0].bank
-    entries, scales = {}, []
+    entries = {}
     for name in sorted(layers):
-        parts = [state_dict[f"{name}.{part}.{adapter_name}"] for part in NolaLayer.adapter_layer_names]
+        key, pair = f"{bare(name)}.{COEFFICIENTS}.{adapter_name}", _pair(state_dict, name, layers[name], adapter_name)
         if config.quant_bits:
-            pairs = [levels(part.detach(), config.quant_bits) for part in parts]
-            parts = [packed(numbers, config.quant_bits) for numbers, _ in pairs]
-            scales.append(torch.stack([scale.cpu() for _, scale in pairs], 1))
-        entries[f"{name}.nola_coefficients"] = torch.cat(parts, 1)
-    streams = _streams(layers, adapter_name)
-    if config.quant_bits:
-        entries[f"{ROOT}scales"] = torch.cat(scales)
-    if config.save_basis:
-        entries |= {key: bank.draw(stream, 0, number) for key, (stream, number) in streams.items()}
-    return entries | {
+            entries[f"{key}.{PACKED}"] = to_rows(pair, config.quant_bits)
+        else:
+            entries |= {f"{key}.a": pair[0], f"{key}.b": pair[1]}
+    streams = _streams(layers.values(), adapter_name)
+    checksum = bank.checksum(stream for stream, _ in streams.values())
+    config.saved_checksum = checksum.hex()
+    origin = {
         f"{ROOT}seed": torch.tensor([config.basis_seed]),
         f"{ROOT}generator": _bytes(GENERATOR.encode()),
-        f"{ROOT}checksum": _bytes(bank.checksum(stream for stream, _ in streams.values())),
+        f"{ROOT}checksum": _bytes(checksum),
     }
+    if config.save_basis:
+        origin |= {key: bank.draw(stream, 0, number) for key, (stream, number) in streams.items()}
+    prefix = PREFIX if all(name.startswith(PREFIX) for name in layers) else ""
+    return entries | {f"{prefix}{key}.{adapter_name}": value for key, value in origin.items()}
 
 
-def _split(
-    entries: dict[str, Tensor], keys: dict[str, str], layers: dict[str, NolaLayer], adapter_name: str, bits: int | None
-) -> Iterator[tuple[str, Tensor]]:
-    """(key in the model, coefficients) from the entries of each module."""
-    scales = entries.get(f"{ROOT}scales")
-    if bits:
-        matrices = sum(len(layer.coefficients(adapter_name)[0]) for layer in layers.values())
-        _require(f"shape of {ROOT}scales", tuple(scales.shape), (matrices, 2))
-    for name in sorted(layers):
-        layer, row = layers[name], entries[keys[name]]
-        expected_shapes = [tuple(coefficients.shape) for coefficients in layer.coefficients(adapter_name)]
-        widths = [-(-number * bits // 8) if bits else number for _, number in expected_shapes]
-        _require(f"shape of {keys[name]}", tuple(row.shape), (expected_shapes[0][0], sum(widths)))
-        parts = row.split(widths, 1)
-        if bits:
-            row_scales, scales = scales[: len(row)], scales[len(row) :]
-            dtype = wide(layer.nola_coefficients_a[adapter_name].dtype)
-            parts = [
-                dequantised(unpacked(part, bits, number), scale.cpu(), bits, dtype)
-                for part, (_, number), scale in zip(parts, expected_shapes, row_scales.unbind(1), strict=True)
-            ]
-        for part, coefficients in zip(NolaLayer.adapter_layer_names, parts, strict=True):
-            yield f"{name}.{part}.{adapter_name}", coefficients
+def _from_earlier(
+    entries: dict[str, Tensor], layers: dict[str, NolaLayer], config: NolaConfig, adapter_name: str
+) -> dict[str, Tensor]:
+    """The same from a file of the first layout: alpha and beta side by side, the scales of all modules together."""
+    shapes = {name: layer.coefficients(adapter_name)[0].shape for name, layer in layers.items()}
+    scales = entries.pop(f"{ROOT}scales", None)
+    if scales is not None:
+        _require(f"shape of {ROOT}scales", tuple(scales.shape), (sum(rows for rows, _ in shapes.values()), 2))
+        scales = scales.float().contiguous().view(torch.uint8)
+    for name in sorted(shapes):
+        key, (rows, number) = f"{name}.{COEFFICIENTS}", shapes[name]
+        values = entries.pop(key, None)
+        if values is not None:
+            _require(f"number of rows of {key}", values.shape[:-1], (rows,))
+        if values is not None and scales is None:
+            entries |= {f"{key}.a": values[:, :number].clone(), f"{key}.b": values[:, number:].clone()}
+        elif values is not None:
+            entries[f"{key}.{PACKED}"] = torch.cat([values, scales[:rows]], 1)
+        scales = None if scales is None else scales[rows:]
+    return entries
 
 
 def _verified(
@@ -119,6 +177,20 @@ def _verified(
     return given
 
 
+def _coefficients(
+    entries: dict[str, Tensor], name: str, layer: NolaLayer, adapter_name: str, bits: int | None
+) -> tuple[Tensor, Tensor]:
+    """alpha and beta of the entries, in the shapes of the layer's."""
+    key, shapes = f"{bare(name)}.{COEFFICIENTS}", [part.shape for part in layer.coefficients(adapter_name)]
+    if bits:
+        dtype = wide(layer.coefficients(adapter_name)[0].dtype)
+        a, b = from_rows(entries[f"{key}.{PACKED}"], bits, shapes, dtype)
+        return a, b
+    for part, shape in zip("ab", shapes, strict=True):
+        _require(f"shape of {key}.{part}", tuple(entries[f"{key}.{part}"].shape), tuple(shape))
+    return entries[f"{key}.a"], entries[f"{key}.b"]
+
+
 def from_file(
     model: nn.Module, config: NolaConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -126,28 +198,32 @@ def from_file(
 
     Raises ValueError for missing or unexpected keys, or another seed, generator, checksum or shape than the model's.
     """
-    layers = adapted(model, adapter_name)
-    streams = _streams(layers, adapter_name)
-    prefix = PREFIX if any(key.startswith(PREFIX) for key in state_dict) else ""
-    bare = {key: key.removeprefix(PREFIX) for key in state_dict}  # transformers puts the prefix before our own keys
-    state_dict = {bare[key] if bare[key].startswith(ROOT) else key: value for key, value in state_dict.items()}
-    keys = {name: f"{prefix}{name.removeprefix(PREFIX)}.nola_coefficients" for name in layers}
-    expected_keys = {*keys.values(), *(f"{ROOT}{name}" for name in ("seed", "generator", "checksum"))}
-    expected_keys |= {f"{ROOT}scales"} if config.quant_bits else set()
-    expected_keys |= set(streams) if config.save_basis else set()
-    model_keys = {key.removeprefix(PREFIX) for key in model.state_dict()}
-    other_entries = {key: value for key, value in state_dict.items() if key not in expected_keys}
-    unexpected = sorted(key for key in other_entries if key.removeprefix(PREFIX) not in model_keys)
-    if unexpected or expected_keys - set(state_dict):
-        missing = sorted(expected_keys - set(state_dict))
+    layers = {name.removeprefix(PREFIX): layer for name, layer in _layers(model, adapter_name).items()}
+    bare_layers = {bare(name): layer for name, layer in layers.items()}
+    streams = _streams(layers.values(), adapter_name)
+    short = {key: key.removeprefix(PREFIX).removeprefix("base_model.") for key in state_dict}
+    model_keys = {bare(key).removeprefix(PREFIX) for key in model.state_dict() if f".{COEFFICIENTS}." not in key}
+    own = {short[key]: value for key, value in state_dict.items() if short[key] not in model_keys}
+    entries = _from_earlier(own, bare_layers, config, adapter_name)
+    parts = (PACKED,) if config.quant_bits else ("a", "b")
+    expected = {f"{name}.{COEFFICIENTS}.{part}" for name in bare_layers for part in parts}
+    expected |= {f"{ROOT}{name}" for name in ("seed", "generator", "checksum")}
+    expected |= set(streams) if config.save_basis else set()
+    missing, unexpected = sorted(expected - set(entries)), sorted(set(entries) - expected)
+    if missing or unexpected:
         raise ValueError(f"received an adapter without {missing} and with {unexpected}, expected just the model's keys")
-    given = _verified(state_dict, config, streams)
-    coefficients = dict(_split(state_dict, keys, layers, adapter_name, config.quant_bits))
-    if given:
-        bank = Bank(given)  # other adapters of the model go on with the bases of their seeds
-        for factor in (factor for layer in layers.values() for factor in layer.nola_factors[adapter_name]):
-            factor.take_from(bank)
-    return other_entries | coefficients
+    given, prefix, loaded = _verified(entries, config, streams), "", {}
+    if any(key.startswith(PREFIX) for key in model.state_dict()):
+        prefix = PREFIX
+    for name, layer in layers.items():
+        pair = _coefficients(entries, name, layer, adapter_name, config.quant_bits)
+        key = f"{prefix}{name}.{COEFFICIENTS}.{adapter_name}"
+        loaded |= {f"{key}.a": pair[0], f"{key}.b": pair[1]}
+        if isinstance(layer.nola_coefficients[adapter_name], PackedCoefficients):
+            loaded[f"{key}.{PACKED}"] = layer.nola_coefficients[adapter_name].get_extra_state()
+    if given or config.save_basis:
+        _take_from(layers, adapter_name, Bank(given))  # others of the model go on with the bases of their seeds
+    return {key: value for key, value in state_dict.items() if short[key] in model_keys} | loaded
 
 
 def _adapted(model: PeftModel, adapter_name: str) -> dict[str, NolaLayer]:
@@ -181,7 +257,7 @@ def to_lora(model: PeftModel, adapter_name: str = "default") -> tuple[dict[str, 
     """
     layers, config = _adapted(model, adapter_name), model.peft_config[adapter_name]
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    state = {key: value for key, value in saved.items() if not key.startswith(ROOT) and ".nola_" not in key}
+    state = {key: value for key, value in saved.items() if f".{ROOT}" not in key}
     ranks, alphas = {}, {}
     for name, layer in layers.items():
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = _factors(layer, adapter_name, name)

@@ -1,7 +1,11 @@
-"""What a NOLA adapter is made of; PEFT saves it as adapter_config.json."""
+"""What a NOLA adapter is made of; PEFT saves it as adapter_config.json, with a README that says how it is loaded."""
 
 import re
 from dataclasses import dataclass
+from enum import Enum
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 
@@ -12,6 +16,26 @@ INITS = ("noop", "mean")
 BLOCKS = ("q", "k", "v")  # the column blocks of a fused projection, in their order
 MAX_SEED = 2**63
 MAX_ALPHA = 2.0**64
+PACKAGE = "limbeck"
+CARD = """
+
+## Loading
+
+PEFT and transformers load this adapter, of type NOLA, once the package that defines it has been imported:
+
+```python
+import limbeck.adapters  # from the package limbeck
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, folder)
+```
+"""
+
+
+class NolaType(str, Enum):  # noqa: UP042 - PEFT reads the name from `str`, as that of its own enum
+    """The name of the method, as PEFT has those of its own: equal to the string, with a `value`."""
+
+    NOLA = "NOLA"
 
 
 def _require_integer(name: str, value: object, least: int) -> None:
@@ -50,6 +74,9 @@ class NolaConfig(PeftConfig):
     the rounded ones, so a run that resumes goes on from them; to resume exactly, train without and `quantise` after.
     cache_bytes: bases stay in memory while they fit, and are else drawn `chunk_size` at a time, twice a step.
     save_basis: also save the bases, against any change of the generator; the file is then larger than LoRA's.
+    basis_checksum: of a loaded adapter, what its bases are checked against before a coefficient is read. Saving writes
+    it; to use a loaded config for another model, set it to None.
+    package: where this method is defined.
 
     Raises ValueError for a value outside its range.
     """
@@ -71,10 +98,14 @@ class NolaConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    basis_checksum: str | None = None
+    package: str | None = None  # PACKAGE; only a file of the first layout lacks it
 
     def __post_init__(self) -> None:
+        self.first_layout = self.peft_type is not None and self.peft_version is not None and self.package is None
         super().__post_init__()
-        self.peft_type = "NOLA"
+        self.package = self.package or PACKAGE
+        self.peft_type = NolaType.NOLA
         self._require_types()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -94,6 +125,7 @@ class NolaConfig(PeftConfig):
         number = isinstance(self.nola_alpha, int | float) and not isinstance(self.nola_alpha, bool)
         if not number or not 0 < self.nola_alpha < MAX_ALPHA:
             raise ValueError(f"received nola_alpha {self.nola_alpha!r}, expected a positive number below {MAX_ALPHA:g}")
+        _require_choice("package", self.package, (PACKAGE,))
         _require_choice("init", self.init, INITS)
         _require_choice("basis_distribution", self.basis_distribution, DISTRIBUTIONS)
         if self.quant_bits is not None:
@@ -123,6 +155,18 @@ class NolaConfig(PeftConfig):
             if not names or not known or len(set(names)) < len(names):
                 raise ValueError(f"received the slices {names!r} of {module}, expected some of {', '.join(BLOCKS)}")
         return {module: tuple(names) for module, names in self.fused_slices.items()} if self.fused_slices else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT saves it, with the checksum of the bases that were last saved with it."""
+        return super().to_dict() | {"basis_checksum": getattr(self, "saved_checksum", self.basis_checksum)}
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
+        """Write adapter_config.json, and into README.md how the adapter is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory, "README.md")
+        text = card.read_text(encoding="utf-8") if card.exists() else ""
+        if CARD.strip() not in text:
+            card.write_text(text + CARD, encoding="utf-8")
 
     @property
     def numbers(self) -> tuple[int, int]:

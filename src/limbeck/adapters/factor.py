@@ -8,6 +8,7 @@ L = 2^(b-1) - 1, m = max|c|, n_i = round(c_i L / m), c^_i = (n_i / L) m (NOLA's 
 missing: 127 for 8 and 7 for 4 bits are in the second). As m itself is a level, quantising again changes nothing.
 """
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Float, Int8, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from limbeck.adapters.basis import Bank, Stream
@@ -68,6 +69,69 @@ def unpacked(data: UInt8[Tensor, "vector bytes"], bits: int, number: int) -> Int
     digits = np.unpackbits(data.cpu().numpy(), axis=1)[:, : number * bits].reshape(len(data), number, bits)
     offset = np.packbits(np.pad(digits, ((0, 0), (0, 0), (8 - bits, 0))), axis=2)[:, :, 0]
     return torch.from_numpy(offset.astype(np.int16) - (2 ** (bits - 1) - 1)).to(torch.int8)
+
+
+def to_rows(pair: tuple[Tensor, Tensor], bits: int) -> UInt8[Tensor, "matrix bytes"]:
+    """Each matrix's alpha and beta packed, then the scale of each in four bytes."""
+    numbers, scales = zip(*(levels(part.detach(), bits) for part in pair), strict=True)
+    packs = [packed(part, bits) for part in numbers]
+    return torch.cat([*packs, torch.stack(scales, 1).cpu().view(torch.uint8)], 1)
+
+
+def from_rows(
+    rows: UInt8[Tensor, "matrix bytes"], bits: int, shapes: list[torch.Size], dtype: torch.dtype
+) -> list[Float[Tensor, "matrix basis"]]:
+    """The alpha and beta of these shapes that `to_rows` was given, at their levels.
+
+    Raises ValueError for rows of another shape or dtype.
+    """
+    widths = [-(-number * bits // 8) for _, number in shapes]
+    expected = (shapes[0][0], sum(widths) + 8)
+    if tuple(rows.shape) != expected or rows.dtype != torch.uint8:
+        raise ValueError(f"received packed coefficients of {rows.dtype} {tuple(rows.shape)}, expected uint8 {expected}")
+    *packs, scales = rows.cpu().split([*widths, 8], 1)
+    numbers = [unpacked(pack, bits, number) for pack, (_, number) in zip(packs, shapes, strict=True)]
+    scales = scales.reshape(-1).clone().view(torch.float32).view(-1, 2).unbind(1)
+    return [dequantised(part, scale, bits, dtype) for part, scale in zip(numbers, scales, strict=True)]
+
+
+@functools.cache
+def _read_back(kind: str, width: int, block: int, dtype: torch.dtype, device: torch.device) -> float:
+    """How far bitsandbytes' readings and products of rows in four bits are from its own code book, as a part of 1."""
+    from bitsandbytes import functional, matmul_4bit  # noqa: PLC0415
+
+    values = torch.arange(5.0 * width)  # of other scales in each block, as a scale is what may be taken from another
+    weight = (torch.sin(values * 1.7 + 0.3) * 0.6 ** (values // 32 % 5)).view(5, width).to(device)
+    packed, state = functional.quantize_4bit(weight.to(dtype), blocksize=block, quant_type=kind)
+    pairs = packed.view(-1)
+    numbers = torch.stack([pairs >> 4, pairs & 15], 1).view(-1)[: weight.numel()].long()
+    twin = (state.code[numbers] * state.absmax.repeat_interleave(block)[: weight.numel()]).view(5, width).float()
+    x = weight.flip(1).to(dtype)
+    off = [(twin - weight).abs().max() - 0.2]  # a half of the largest gap between levels is 1/6
+    off.append((functional.dequantize_4bit(packed, state).float() - twin).abs().max())
+    off += [
+        (matmul_4bit(some, packed.t(), state).float() - some.float() @ twin.t()).abs().max() / width
+        for some in (x, x[:1])
+    ]
+    return max(map(float, off))
+
+
+def require_read_back(layer: nn.Module, key: str) -> None:
+    """Raise ValueError for a layer in four bits, named `key`, that bitsandbytes reads back wrong on this processor.
+
+    Its 0.50 does so with AVX-512 where rows are no whole blocks. A small twin is compared once for each kind of layer.
+    """
+    weight = getattr(layer, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is None or weight.dtype == torch.int8 or weight.device.type == "meta":
+        return
+    off = _read_back(state.quant_type, layer.in_features, state.blocksize, state.dtype, weight.device)
+    if off > 0.02:
+        raise ValueError(
+            f"received {key} of {layer.in_features} inputs in {state.quant_type}, which bitsandbytes reads back off by "
+            f"{off:.2g} of its scale on this {weight.device.type}, expected at most 0.02: take rows of a multiple of "
+            f"{state.blocksize}, or another version"
+        )
 
 
 class _Combine(torch.autograd.Function):

@@ -17,7 +17,42 @@ from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters.basis import Bank, Stream
 from limbeck.adapters.config import BLOCKS, NolaConfig
-from limbeck.adapters.factor import Factor, wide
+from limbeck.adapters.factor import Factor, from_rows, wide
+
+
+class Coefficients(nn.Module):
+    """All that trains of one adapter in one layer: alpha as `a` and beta as `b`, a row for each matrix.
+
+    Its keys end in `.<adapter name>.a`: PEFT, transformers and TRL find an adapter's numbers between two dots.
+    """
+
+    def __init__(self, a: Float[Tensor, "matrix k"], b: Float[Tensor, "matrix l"]):
+        super().__init__()
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+
+
+class PackedCoefficients(Coefficients):
+    """The same, for an adapter whose file holds them packed; any loader that knows a module's extra state reads it.
+
+    Transformers then reports `a` and `b` as missing, since it does not know that the extra state fills them.
+    """
+
+    def __init__(self, a: Float[Tensor, "matrix k"], b: Float[Tensor, "matrix l"], bits: int):
+        super().__init__(a, b)
+        self.bits = bits
+
+    def get_extra_state(self) -> Tensor:
+        """Nothing: what is in memory is not packed."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    @torch.no_grad()
+    def set_extra_state(self, state: Tensor) -> None:
+        """Unpack the rows of a file. Raises ValueError for another shape."""
+        if state.numel():
+            values = from_rows(state, self.bits, [self.a.shape, self.b.shape], wide(self.a.dtype))
+            for coefficients, value in zip((self.a, self.b), values, strict=True):
+                coefficients.copy_(value)
+
 
 Update = tuple[Tensor, Tensor, float, tuple[str, ...] | None]  # A, B, s and the blocks, as they are merged
 
@@ -29,45 +64,6 @@ def _placed(columns: list[Tensor], blocks: tuple[str, ...] | None) -> Float[Tens
     return torch.cat([columns_by_block.get(block, torch.zeros_like(columns[0])) for block in BLOCKS], -1)
 
 
-@functools.cache
-def _read_back(kind: str, width: int, block: int, dtype: torch.dtype, device: torch.device) -> float:
-    """How far bitsandbytes' readings and products of rows in four bits are from its own code book, as a part of 1."""
-    from bitsandbytes import functional, matmul_4bit  # noqa: PLC0415
-
-    values = torch.arange(5.0 * width)  # of other scales in each block, as a scale is what may be taken from another
-    weight = (torch.sin(values * 1.7 + 0.3) * 0.6 ** (values // 32 % 5)).view(5, width).to(device)
-    packed, state = functional.quantize_4bit(weight.to(dtype), blocksize=block, quant_type=kind)
-    pairs = packed.view(-1)
-    numbers = torch.stack([pairs >> 4, pairs & 15], 1).view(-1)[: weight.numel()].long()
-    twin = (state.code[numbers] * state.absmax.repeat_interleave(block)[: weight.numel()]).view(5, width).float()
-    x = weight.flip(1).to(dtype)
-    off = [(twin - weight).abs().max() - 0.2]  # a half of the largest gap between levels is 1/6
-    off.append((functional.dequantize_4bit(packed, state).float() - twin).abs().max())
-    off += [
-        (matmul_4bit(some, packed.t(), state).float() - some.float() @ twin.t()).abs().max() / width
-        for some in (x, x[:1])
-    ]
-    return max(map(float, off))
-
-
-def require_read_back(layer: nn.Module, key: str) -> None:
-    """Raise ValueError for a layer in four bits, named `key`, that bitsandbytes reads back wrong on this processor.
-
-    Its 0.50 does so with AVX-512 where rows are no whole blocks. A small twin is compared once for each kind of layer.
-    """
-    weight = getattr(layer, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    if state is None or weight.dtype == torch.int8 or weight.device.type == "meta":
-        return
-    off = _read_back(state.quant_type, layer.in_features, state.blocksize, state.dtype, weight.device)
-    if off > 0.02:
-        raise ValueError(
-            f"received {key} of {layer.in_features} inputs in {state.quant_type}, which bitsandbytes reads back off by "
-            f"{off:.2g} of its scale on this {weight.device.type}, expected at most 0.02: take rows of a multiple of "
-            f"{state.blocksize}, or another version"
-        )
-
-
 class NolaLayer(nn.Module, BaseTunerLayer):
     """A frozen layer and the coefficients of its adapters: alpha [matrix, k] and beta [matrix, l] each.
 
@@ -75,13 +71,13 @@ class NolaLayer(nn.Module, BaseTunerLayer):
     float32 or wider whatever the base, since they are few; the branch is computed in their dtype, as LoRA's is.
     """
 
-    adapter_layer_names = ("nola_coefficients_a", "nola_coefficients_b")
+    adapter_layer_names = ("nola_coefficients",)
     other_param_names = ("nola_factors", "scaling", "blocks")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str):
         super().__init__()
         self.base_layer = base_layer
-        self.nola_coefficients_a, self.nola_coefficients_b = nn.ParameterDict(), nn.ParameterDict()
+        self.nola_coefficients = nn.ModuleDict()
         self.nola_factors: dict[str, tuple[Factor, Factor]] = {}
         self.scaling: dict[str, float] = {}
         self.blocks: dict[str, tuple[str, ...] | None] = {}
@@ -110,10 +106,13 @@ class NolaLayer(nn.Module, BaseTunerLayer):
         self.nola_factors[adapter_name] = self._new_factors(config, names, width, bank)
         self.scaling[adapter_name], self.blocks[adapter_name] = config.nola_alpha / config.r, blocks
         weight = self.get_base_layer().weight
-        for part, number in zip(self.adapter_layer_names, config.numbers, strict=True):
-            value = 0.0 if config.init == "noop" else 1 / number
-            start = torch.full((len(names), number), value, dtype=wide(weight.dtype), device=weight.device)
-            getattr(self, part)[adapter_name] = nn.Parameter(start)
+        values = [0.0 if config.init == "noop" else 1 / number for number in config.numbers]
+        start = [
+            torch.full((len(names), number), value, dtype=wide(weight.dtype), device=weight.device)
+            for number, value in zip(config.numbers, values, strict=True)
+        ]
+        bits = config.quant_bits
+        self.nola_coefficients[adapter_name] = PackedCoefficients(*start, bits) if bits else Coefficients(*start)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _require_use(self, config: NolaConfig, key: str, width: int) -> None:
@@ -146,10 +145,8 @@ class NolaLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the base's device; unlike PEFT's, not to its dtype, which would round what has been loaded."""
         device = device or self.get_base_layer().weight.device
-        for coefficients in (self.nola_coefficients_a, self.nola_coefficients_b):
-            if adapter_name in coefficients and coefficients[adapter_name].device.type != "meta":
-                parameter = coefficients[adapter_name]
-                coefficients[adapter_name] = nn.Parameter(parameter.to(device), requires_grad=parameter.requires_grad)
+        if adapter_name in self.nola_coefficients and self.nola_coefficients[adapter_name].a.device.type != "meta":
+            self.nola_coefficients[adapter_name].to(device)
 
     def release_bases(self) -> None:
         """Let go of the bases in memory; they come back when they are needed."""
@@ -158,7 +155,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):
 
     def coefficients(self, adapter_name: str) -> tuple[Float[Tensor, "matrix k"], Float[Tensor, "matrix l"]]:
         """(alpha, beta), a row for each matrix."""
-        return self.nola_coefficients_a[adapter_name], self.nola_coefficients_b[adapter_name]
+        return self.nola_coefficients[adapter_name].a, self.nola_coefficients[adapter_name].b
 
     def built(
         self, adapter_name: str
@@ -243,7 +240,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):
             return result
         dtype = result.dtype
         for name in self.active_adapters:
-            if name in self.nola_coefficients_a:
+            if name in self.nola_coefficients:
                 pairs = zip(self.nola_factors[name], self.coefficients(name), strict=True)
                 a, b = (factor(coefficients) for factor, coefficients in pairs)
                 result = result + self._branch(self._cast_input_dtype(x, a.dtype), a, b, name)

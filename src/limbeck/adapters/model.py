@@ -6,8 +6,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, delete_adapter
+from peft import PeftConfig
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners import mixed
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
@@ -15,10 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters import checkpoint
 from limbeck.adapters.basis import Bank
-from limbeck.adapters.config import NolaConfig
-from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear, require_read_back
+from limbeck.adapters.config import NolaConfig, NolaType
+from limbeck.adapters.factor import require_read_back
+from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
 
-NAME = "NOLA"
+_BY_ADAPTER = re.compile(rf"\.({checkpoint.COEFFICIENTS}|modules_to_save)\.")  # what follows is an adapter's name
 _HEADS = {"classifier", "score", "qa_outputs"}  # PEFT itself adds these to modules_to_save, for hosts with one of them
 
 
@@ -80,24 +88,55 @@ class NolaModel(BaseTuner):
     tuner_layer_cls = NolaLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def __init__(self, model: nn.Module, peft_config: NolaConfig | dict[str, NolaConfig], *args: Any, **kwargs: Any):
+        """Raises ValueError for an adapter of the first layout, before anything is injected, where it can't be read.
+
+        A PeftModel, which can, passes a dict; `inject_adapter_in_model`, and with it transformers, the config.
+        """
+        if getattr(peft_config, "first_layout", False):
+            raise ValueError(
+                "received an adapter of the first layout, which only `PeftModel.from_pretrained` reads, expected one "
+                "of this layout: load it so, and save it again"
+            )
+        super().__init__(model, peft_config, *args, **kwargs)
+
     def _pre_injection_hook(self, model: nn.Module, config: NolaConfig, adapter_name: str) -> None:
         self.bank = Bank()
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Raises ValueError for a name that occurs in the model's own, or slices of modules that are not targeted."""
-        parts = {"base_model", *(part for key, _ in model.named_modules(prefix="model") for part in key.split("."))}
-        if adapter_name in parts or "." in adapter_name:
-            raise ValueError(f"received adapter name {adapter_name!r}, expected no dot and no part of a module's name")
-        if not adapter_name or not adapter_name.isprintable() or re.search(r"[/\\]", adapter_name):
-            raise ValueError(f"received adapter name {adapter_name!r}, expected one of a folder, which it is saved in")
+        """Raises ValueError, and leaves the model as it was, for an impossible name, slices of modules that are not
+        targeted, and bases other than those that a loaded config was saved with.
+        """
+        self._require_name(model, adapter_name)
         if kwargs.get("state_dict") is None:  # which else tells the modules by its keys
             self._require_matches(model, self.peft_config[adapter_name])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = checkpoint.adapted(model, adapter_name)
-        for module in self.peft_config[adapter_name].fused_slices or {}:
-            if not any(f".{key}".endswith(f".{module}") for key in layers):
-                delete_adapter(model, adapter_name, self.prefix, NolaLayer)
-                raise ValueError(f"received fused_slices of {module}, expected some of {', '.join(layers)}")
+        trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = checkpoint.adapted(model, adapter_name)
+            for module in self.peft_config[adapter_name].fused_slices or {}:
+                if not any(f".{key}".endswith(f".{module}") for key in layers):
+                    raise ValueError(f"received fused_slices of {module}, expected some of {', '.join(layers)}")
+            checkpoint.require_bases(layers, self.peft_config[adapter_name], adapter_name)
+        except Exception:
+            _withdraw(model, adapter_name)
+            for parameter, required in trains:
+                parameter.requires_grad_(required)
+            raise
+
+    def _require_name(self, model: nn.Module, adapter_name: str) -> None:
+        if not adapter_name.isprintable() or re.search(r"[/\\]", adapter_name):
+            raise ValueError(f"received adapter name {adapter_name!r}, expected one of a folder, which it is saved in")
+        # Of two adapters, PEFT takes keys with the name of one out of what it saves of the other's modules_to_save.
+        keys = [key for key, _ in model.named_modules(prefix="base_model.model") if not _BY_ADAPTER.search(key)]
+        parts = {part for key in keys for part in key.split(".")}
+        confused = parts if any(config.modules_to_save for config in self.peft_config.values()) else ()
+        for name in (adapter_name, *self.peft_config):
+            if not name or "." in name or hasattr(nn.ModuleDict(), name) or name in confused:
+                raise ValueError(
+                    f"received adapter name {name!r}, expected no dot, no attribute of nn.ModuleDict, and with "
+                    "modules_to_save no part of a module's name"
+                )
 
     def _require_matches(self, model: nn.Module, config: NolaConfig) -> None:
         """Raise ValueError for a target, an exclusion or a layer that fits no module; narrow PEFT's own targets."""
@@ -134,11 +173,13 @@ class NolaModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        key, bank = checkpoint.bare(current_key), self.__dict__.setdefault("bank", Bank())
         if isinstance(target, NolaLayer):
-            target.update_layer(adapter_name, peft_config, current_key, self.bank)
+            target.update_layer(adapter_name, peft_config, key, bank)
             return
-        layer = _layer_class(target, parent, current_key)(target, adapter_name)
-        layer.update_layer(adapter_name, peft_config, current_key, self.bank)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer = _layer_class(base, parent, key)(target, adapter_name)
+        layer.update_layer(adapter_name, peft_config, key, bank)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -159,6 +200,14 @@ class NolaModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ValueError("received adapter_names for NOLA, expected none: `set_adapter`, or LoRA by `to_lora`")
         return nullcontext()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """To float32 or wider, where the layer starts it; without autocast to the dtype of the layer's weight."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in checkpoint.adapted(self.model, adapter_name).values() if not autocast_adapter_dtype else ():
+            dtype = layer.get_base_layer().weight.dtype
+            if dtype.is_floating_point and dtype.itemsize > 1:
+                layer.nola_coefficients[adapter_name].to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "NolaModel":
         for module in self.modules():
@@ -184,12 +233,41 @@ class NolaModel(BaseTuner):
         return checkpoint.from_file(model, config, adapter_name, state_dict)
 
 
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter off, and the layers that then have none."""
+    delete_adapter(model, adapter_name, NolaModel.prefix, NolaLayer)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, NolaLayer) and not layer.nola_factors:
+            model.set_submodule(name, layer.base_layer)
+
+
 def register() -> None:
     """Enter the config, the tuner and the prefix of its parameters in PEFT's tables.
 
     `register_peft_method` refuses names outside PEFT's own enum, so the entries go where it would put them. PEFT reads
     the tables by key alone; `tests/adapters/test_register.py` fails where a release changes that.
     """
-    PEFT_TYPE_TO_CONFIG_MAPPING[NAME] = NolaConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[NAME] = NolaModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[NAME] = NolaModel.prefix
+    PEFT_TYPE_TO_CONFIG_MAPPING[NolaType.NOLA] = NolaConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[NolaType.NOLA] = NolaModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[NolaType.NOLA] = NolaModel.prefix
+    if NolaType.NOLA not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING[NolaType.NOLA] = NolaModel
+        _enter_mixed_models()
+
+
+def _enter_mixed_models() -> None:
+    """Let NOLA lie over and under the methods that PEFT mixes in one model, whose names are its module's constants."""
+    for module in (mixed, mixed.model):
+        module.COMPATIBLE_TUNER_TYPES += (NolaType.NOLA,)
+    mixed.model.PREFIXES.append(NolaModel.prefix)
+    mixed.model.Layers += (NolaLayer,)
+    mixed.model.Configs |= NolaConfig
+    create = mixed.MixedModel._create_and_replace
+
+    def create_and_replace(self: mixed.MixedModel, config: PeftConfig, *args: Any, current_key: str) -> None:
+        if isinstance(config, NolaConfig):  # a second adapter's key has PEFT's prefix, which names no bases
+            NolaModel._create_and_replace(self, config, *args, current_key.removeprefix(checkpoint.PREFIX))
+        else:
+            create(self, config, *args, current_key=current_key)
+
+    mixed.MixedModel._create_and_replace = create_and_replace

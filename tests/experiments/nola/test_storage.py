@@ -97,7 +97,7 @@ def test_what_is_saved_of_nola_is_packed_numbers_by_module(tmp_path):
     storage.attached("gpt2_m", storage.config(at, SECTION)).save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if "coefficients" in key}  # noqa: SIM118
-    assert set(shapes.values()) == {(2, 10)}  # alpha and beta of q and v: 2 x 5 bytes each
+    assert set(shapes.values()) == {(2, 18)}  # alpha and beta of q and v: 2 x 5 bytes each, and a scale of 4 for each
     assert len(shapes) == 24
     assert json.loads((tmp_path / "adapter_config.json").read_text())["quant_bits"] == 4
 
