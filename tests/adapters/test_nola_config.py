@@ -132,7 +132,7 @@ def test_an_adapter_name_that_peft_would_confuse_with_a_module_is_refused(name):
 
 def test_modules_to_save_are_refused_beside_an_adapter_called_as_a_part_of_their_name():
     model = tiny_hosts.get_peft_model(tiny_hosts.host("mlp"), NolaConfig(target_modules=["first"]), adapter_name="head")
-    with pytest.raises(ValueError, match="adapter name 'head', expected .* no part of a module's name"):
+    with pytest.raises(ValueError, match=r"adapter name 'head', expected .* no part of a module's name"):
         model.add_adapter("other", tiny_hosts.config("mlp"))
 
 

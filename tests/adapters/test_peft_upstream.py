@@ -279,7 +279,7 @@ def test_a_sharded_model_has_the_keys_of_a_bare_one(method, one_process):
 
 
 @BOTH
-def test_hotswapping_and_mixing_work_or_are_refused_before_anything_is_changed(method, tmp_path):
+def test_hotswapping_works_or_is_refused_before_anything_is_changed(method, tmp_path):
     model, other = trained(method), trained(method, seed=1)
     other.save_pretrained(str(tmp_path))
     before = outputs(model)
@@ -290,10 +290,34 @@ def test_hotswapping_and_mixing_work_or_are_refused_before_anything_is_changed(m
     with pytest.raises(ValueError, match="Hotswapping only supports LORA but NOLA was passed"):
         hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
     assert torch.equal(outputs(model), before)
-    plain = tiny_hosts.host("llama")
-    with pytest.raises(ValueError, match="'NOLA' is not compatible with the `PeftMixedModel`"):
-        get_peft_model(plain, config(method), mixed=True)
-    assert set(plain.state_dict()) == set(tiny_hosts.host("llama").state_dict())
+
+
+@pytest.mark.parametrize("order", [("nola", "lora"), ("lora", "nola"), ("nola", "unique"), ("nola", "lora", "unique")])
+def test_methods_are_mixed_in_one_model(order):
+    """Each adds its own update: alone, together, merged, and not when it is disabled or deleted."""
+    host = tiny_hosts.host("llama")
+    plain, expected = outputs(host), tiny_hosts.host("llama")
+    model = get_peft_model(host, config(order[0]), order[0], mixed=True)
+    for method in order[1:]:
+        model.add_adapter(method, config(method))
+    for seed, method in enumerate(order):
+        model.set_adapter(method)
+        tiny_hosts.perturb(model, seed)
+        alone = get_peft_model(tiny_hosts.host("llama"), config(method), method)
+        own = {key.replace(".base_layer", ""): value for key, value in model.named_parameters() if f".{method}." in key}
+        for key, value in alone.named_parameters():
+            if value.requires_grad:
+                value.data.copy_(own[key])
+        torch.testing.assert_close(outputs(model), outputs(alone), atol=1e-6, rtol=1e-6)
+        for key, layer in alone.base_model.model.named_modules():
+            if hasattr(layer, "get_delta_weight"):
+                expected.get_submodule(key).weight.data += layer.get_delta_weight(method)
+    model.set_adapter(list(order))
+    together = outputs(model)
+    torch.testing.assert_close(together, outputs(expected), atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(outputs(model), plain)
+    torch.testing.assert_close(outputs(model.merge_and_unload()), together, atol=1e-5, rtol=1e-5)
 
 
 @METHODS

@@ -6,8 +6,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, delete_adapter
+from peft import PeftConfig
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners import mixed
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +23,6 @@ from limbeck.adapters import checkpoint
 from limbeck.adapters.basis import Bank
 from limbeck.adapters.config import NolaConfig, NolaType
 from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
-
 
 _BY_ADAPTER = re.compile(rf"\.({checkpoint.COEFFICIENTS}|modules_to_save)\.")  # what follows is an adapter's name
 
@@ -104,12 +110,13 @@ class NolaModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        key = checkpoint.bare(current_key)
+        key, bank = checkpoint.bare(current_key), self.__dict__.setdefault("bank", Bank())
         if isinstance(target, NolaLayer):
-            target.update_layer(adapter_name, peft_config, key, self.bank)
+            target.update_layer(adapter_name, peft_config, key, bank)
             return
-        layer = _layer_class(target, parent, key)(target, adapter_name)
-        layer.update_layer(adapter_name, peft_config, key, self.bank)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer = _layer_class(base, parent, key)(target, adapter_name)
+        layer.update_layer(adapter_name, peft_config, key, bank)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -181,3 +188,24 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[NolaType.NOLA] = NolaConfig
     PEFT_TYPE_TO_TUNER_MAPPING[NolaType.NOLA] = NolaModel
     PEFT_TYPE_TO_PREFIX_MAPPING[NolaType.NOLA] = NolaModel.prefix
+    if NolaType.NOLA not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING[NolaType.NOLA] = NolaModel
+        _enter_mixed_models()
+
+
+def _enter_mixed_models() -> None:
+    """Let NOLA lie over and under the methods that PEFT mixes in one model, whose names are its module's constants."""
+    for module in (mixed, mixed.model):
+        module.COMPATIBLE_TUNER_TYPES += (NolaType.NOLA,)
+    mixed.model.PREFIXES.append(NolaModel.prefix)
+    mixed.model.Layers += (NolaLayer,)
+    mixed.model.Configs |= NolaConfig
+    create = mixed.MixedModel._create_and_replace
+
+    def create_and_replace(self: mixed.MixedModel, config: PeftConfig, *args: Any, current_key: str) -> None:
+        if isinstance(config, NolaConfig):  # a second adapter's key has PEFT's prefix, which names no bases
+            NolaModel._create_and_replace(self, config, *args, current_key.removeprefix(checkpoint.PREFIX))
+        else:
+            create(self, config, *args, current_key=current_key)
+
+    mixed.MixedModel._create_and_replace = create_and_replace
