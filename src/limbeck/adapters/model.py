@@ -245,7 +245,7 @@ def register() -> None:
     """Enter the config, the tuner and the prefix of its parameters in PEFT's tables.
 
     `register_peft_method` refuses names outside PEFT's own enum, so the entries go where it would put them. PEFT reads
-    the tables by key alone; `tests/adapters/test_register.py` fails where a release changes that.
+    the tables by key, and of the key its `value`; `tests/adapters/test_register.py` fails where a release changes that.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[NolaType.NOLA] = NolaConfig
     PEFT_TYPE_TO_TUNER_MAPPING[NolaType.NOLA] = NolaModel
