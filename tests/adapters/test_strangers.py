@@ -1,6 +1,7 @@
 """An adapter from a stranger executes nothing, writes nowhere else, and allocates no more than its host is large."""
 
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import jaxtyping
 import pytest
 import tiny_hosts
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from limbeck.adapters import NolaConfig
@@ -129,3 +131,59 @@ def test_loading_executes_unpickles_and_writes_nothing(saved):
     run = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True)
     assert "LOADED" in run.stdout
     assert "EVENT" not in run.stdout
+
+
+OPTIONS = {"plain": {}, "three bits": {"quant_bits": 3}, "with bases": {"save_basis": True}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_of_a_damaged_file_no_number_is_computed(tmp_path, options):
+    """Truncated, emptied, or with one bit flipped anywhere: an error, or the same numbers to the bit."""
+    model = tiny_hosts.perturb(tiny_hosts.adapted("mlp", modules_to_save=None, **options))
+    model.save_pretrained(str(tmp_path))
+    expected, source = model(torch.ones(4, 6)), random.Random(0)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        file = tmp_path / name
+        whole, refused = file.read_bytes(), 0
+        places = range(len(whole)) if len(whole) < 200 else source.sample(range(len(whole)), 40)
+        flipped = [whole[:i] + bytes([whole[i] ^ 1 << source.randrange(8)]) + whole[i + 1 :] for i in places]
+        for damaged in [b"", whole[:7], whole[: len(whole) // 2], whole[:-1], *flipped]:
+            file.write_bytes(damaged)
+            try:
+                read = PeftModel.from_pretrained(tiny_hosts.host("mlp"), str(tmp_path))
+            except (ValueError, SafetensorError, KeyError, TypeError):  # PEFT's own where it reads first
+                refused += 1
+            else:
+                assert torch.equal(read(torch.ones(4, 6)), expected)
+        file.write_bytes(whole)
+        assert refused > 20
+
+
+def test_every_coefficient_and_every_setting_is_covered(saved, tmp_path):
+    folder = changed(saved, tmp_path)
+    state = load_file(folder / "adapter_model.safetensors")
+    for key in [key for key in state if "coefficients" in key]:
+        other = state[key].clone()
+        other.view(torch.int32)[0, -1] ^= 1
+        save_file(state | {key: other}, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match="received an adapter with the digest of its numbers"):
+            load(folder)
+    save_file(state, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"digest of its numbers .*digest: null there skips this"):
+        load(changed(saved, folder, nola_alpha=9))
+    load(changed(saved, folder, nola_alpha=9, digest=None))
+
+
+def test_files_of_two_adapters_are_not_mixed(saved, tmp_path):
+    tiny_hosts.perturb(tiny_hosts.adapted("llama"), seed=1).save_pretrained(str(tmp_path / "other"))
+    name = "adapter_model.safetensors"
+    mixed = changed(saved, tmp_path)
+    (mixed / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(ValueError, match="digest of its numbers"):
+        load(mixed)
+
+
+def test_numbers_set_into_a_loaded_model_are_not_held_against_its_file(saved):
+    model, other = load(saved), tiny_hosts.perturb(tiny_hosts.adapted("llama"), seed=1)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    assert torch.equal(tiny_hosts.outputs("llama", model), tiny_hosts.outputs("llama", other))

@@ -1,5 +1,6 @@
 """What a NOLA adapter is made of; PEFT saves it as adapter_config.json, with a README that says how it is loaded."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -7,7 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
+from torch import Tensor
 
 from limbeck.adapters.basis import DISTRIBUTIONS
 from limbeck.adapters.factor import require_bits
@@ -99,6 +102,7 @@ class NolaConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     basis_checksum: str | None = None
+    digest: str | None = None  # of the coefficients and of what decides their meaning, as last saved; None checks none
     package: str | None = None  # PACKAGE; only a file of the first layout lacks it
 
     def __post_init__(self) -> None:
@@ -158,7 +162,18 @@ class NolaConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it, with the checksum of the bases that were last saved with it."""
-        return super().to_dict() | {"basis_checksum": getattr(self, "saved_checksum", self.basis_checksum)}
+        saved = {"basis_checksum": getattr(self, "saved_checksum", self.basis_checksum)}
+        return super().to_dict() | saved | {"digest": getattr(self, "saved_digest", self.digest)}
+
+    def digest_of(self, entries: dict[str, Tensor]) -> str:
+        """SHA-256 over the entries of a file, in the order of their keys, and the settings that decide the numbers."""
+        slices, settings = sorted((self.fused_slices or {}).items()), (self.init, self.share_basis, self.quant_bits)
+        decides = [self.r, self.numbers, float(self.nola_alpha), self.basis_seed, self.basis_distribution, slices]
+        digest = hashlib.sha256(repr((decides, settings)).encode())
+        for key, value in sorted(entries.items()):
+            digest.update(repr((key, value.dtype, tuple(value.shape))).encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Write adapter_config.json, and into README.md how the adapter is loaded."""
