@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from limbeck.adapters import NolaConfig, layer
+from limbeck.adapters import NolaConfig, factor
 
 LEVELS = [-1.0, -0.69619280, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
 LEVELS += [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.56261700, 0.72295684, 1.0]
@@ -13,9 +13,9 @@ LEVELS += [0.07958030, 0.16093020, 0.24611230, 0.33791524, 0.44070983, 0.5626170
 
 @pytest.fixture
 def bitsandbytes():
-    layer._read_back.cache_clear()
+    factor._read_back.cache_clear()
     yield pytest.importorskip("bitsandbytes")
-    layer._read_back.cache_clear()
+    factor._read_back.cache_clear()
 
 
 def in_four_bits(bitsandbytes, width, kind="nf4", dtype=torch.float32):

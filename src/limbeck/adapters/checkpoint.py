@@ -65,6 +65,7 @@ def _require(name: str, received: object, expected: object, remedy: str = "") ->
 
 
 _OTHER_BASES = ", as saved: the model's widths, the settings or the generator differ (basis_checksum=None starts anew)"
+_OTHER_NUMBERS = ", as saved: the file or adapter_config.json is damaged or another's (digest: null there skips this)"
 
 
 class _Unread(Bank):
@@ -132,6 +133,9 @@ def to_file(
     }
     if config.save_basis:
         origin |= {key: bank.draw(stream, 0, number) for key, (stream, number) in streams.items()}
+    named = f"{COEFFICIENTS}.{adapter_name}."
+    short = {key.removeprefix(PREFIX).replace(named, f"{COEFFICIENTS}."): value for key, value in entries.items()}
+    config.saved_digest = config.digest_of(short | origin)
     prefix = PREFIX if all(name.startswith(PREFIX) for name in layers) else ""
     return entries | {f"{prefix}{key}.{adapter_name}": value for key, value in origin.items()}
 
@@ -165,9 +169,13 @@ def _verified(
     given = {stream: entries[key].cpu() for key, (stream, _) in streams.items()} if config.save_basis else {}
     for key, (stream, number) in streams.items() if given else ():
         _require(f"shape of {key}", tuple(given[stream].shape), (number, stream.size))
-    _require("seed", entries[f"{ROOT}seed"].item(), config.basis_seed)
+    for name, dtype in {"seed": torch.int64, "generator": torch.uint8, "checksum": torch.uint8}.items():
+        entry = entries[f"{ROOT}{name}"]
+        _require(f"dtype and axes of the {name}", (entry.dtype, entry.dim()), (dtype, 1))
+    seeds = entries[f"{ROOT}seed"].tolist()
+    _require("seed", *(seeds if len(seeds) == 1 else [seeds]), config.basis_seed)
     if not given:
-        _require("generator", bytes(entries[f"{ROOT}generator"].tolist()).decode(), GENERATOR)
+        _require("generator", bytes(entries[f"{ROOT}generator"].tolist()).decode(errors="replace"), GENERATOR)
     checksum = Bank(given).checksum(stream for stream, _ in streams.values())
     _require("checksum of its bases", bytes(entries[f"{ROOT}checksum"].tolist()).hex(), checksum.hex())
     return given
@@ -217,6 +225,9 @@ def from_file(
         loaded |= {f"{key}.a": pair[0], f"{key}.b": pair[1]}
         if isinstance(layer.nola_coefficients[adapter_name], PackedCoefficients):
             loaded[f"{key}.{PACKED}"] = layer.nola_coefficients[adapter_name].get_extra_state()
+    if config.digest is not None:
+        _require("digest of its numbers", config.digest_of(entries), config.digest, _OTHER_NUMBERS)
+        config.digest = None  # what is loaded into the model later is other numbers
     if given or config.save_basis:
         _take_from(layers, adapter_name, Bank(given))  # others of the model go on with the bases of their seeds
     return {key: value for key, value in state_dict.items() if short[key] in model_keys} | loaded

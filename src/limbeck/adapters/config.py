@@ -1,13 +1,16 @@
 """What a NOLA adapter is made of; PEFT saves it as adapter_config.json, with a README that says how it is loaded."""
 
-import math
+import hashlib
+import re
 from dataclasses import dataclass
 from enum import Enum
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig
+from torch import Tensor
 
 from limbeck.adapters.basis import DISTRIBUTIONS
 from limbeck.adapters.factor import require_bits
@@ -15,6 +18,7 @@ from limbeck.adapters.factor import require_bits
 INITS = ("noop", "mean")
 BLOCKS = ("q", "k", "v")  # the column blocks of a fused projection, in their order
 MAX_SEED = 2**63
+MAX_ALPHA = 2.0**64
 PACKAGE = "limbeck"
 CARD = """
 
@@ -45,6 +49,18 @@ def _require_integer(name: str, value: object, least: int) -> None:
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"received {name} {value!r}, expected one of {', '.join(choices)}")
+
+
+def _require_names(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a pattern, names, or None. What a stranger's file holds may be anything."""
+    pattern = value if isinstance(value, str) and name not in ("modules_to_save", "layers_pattern") else ""
+    named = isinstance(value, list | tuple | set) and all(isinstance(each, str) for each in value)
+    try:
+        re.compile(pattern)
+    except re.error as fault:
+        raise ValueError(f"received {name} {value!r}, expected a regular expression: {fault}") from fault
+    if not (value is None or named or (isinstance(value, str) and name != "modules_to_save")):
+        raise ValueError(f"received {name} {value!r}, expected names")
 
 
 @dataclass
@@ -86,6 +102,7 @@ class NolaConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     basis_checksum: str | None = None
+    digest: str | None = None  # of the coefficients and of what decides their meaning, as last saved; None checks none
     package: str | None = None  # PACKAGE; only a file of the first layout lacks it
 
     def __post_init__(self) -> None:
@@ -93,14 +110,10 @@ class NolaConfig(PeftConfig):
         super().__post_init__()
         self.package = self.package or PACKAGE
         self.peft_type = NolaType.NOLA
+        self._require_types()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                f"received layers_to_transform {self.layers_to_transform!r} with the pattern {self.target_modules!r}, "
-                "which would ignore them; expected a list of target_modules, or the layers in the pattern"
-            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"received layers_pattern {self.layers_pattern!r}, expected layers_to_transform with it")
         if isinstance(self.num_basis, list):
@@ -114,8 +127,8 @@ class NolaConfig(PeftConfig):
         if self.basis_seed >= MAX_SEED:
             raise ValueError(f"received basis_seed {self.basis_seed}, expected less than 2^63")
         number = isinstance(self.nola_alpha, int | float) and not isinstance(self.nola_alpha, bool)
-        if not number or not 0 < self.nola_alpha < math.inf:
-            raise ValueError(f"received nola_alpha {self.nola_alpha!r}, expected a positive number")
+        if not number or not 0 < self.nola_alpha < MAX_ALPHA:
+            raise ValueError(f"received nola_alpha {self.nola_alpha!r}, expected a positive number below {MAX_ALPHA:g}")
         _require_choice("package", self.package, (PACKAGE,))
         _require_choice("init", self.init, INITS)
         _require_choice("basis_distribution", self.basis_distribution, DISTRIBUTIONS)
@@ -123,17 +136,44 @@ class NolaConfig(PeftConfig):
             require_bits(self.quant_bits)
         self.fused_slices = self._slices()
 
+    def _require_types(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+            _require_names(name, getattr(self, name))
+        for name in ("share_basis", "save_basis", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"received {name} {getattr(self, name)!r}, expected true or false")
+        layers = self.layers_to_transform
+        for layer in layers if isinstance(layers, list | tuple) else [] if layers is None else [layers]:
+            _require_integer("layers_to_transform", layer, 0)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"received layers_to_transform {self.layers_to_transform!r} with the pattern {self.target_modules!r}, "
+                "which would ignore them; expected a list of target_modules, or the layers in the pattern"
+            )
+
     def _slices(self) -> dict[str, tuple[str, ...]] | None:
         if not isinstance(self.fused_slices, dict | None):
             raise ValueError(f"received fused_slices {self.fused_slices!r}, expected a dict of module and slices")
         for module, names in (self.fused_slices or {}).items():
-            if not names or len(set(names)) < len(names) or not set(names) <= set(BLOCKS):
+            known = isinstance(names, list | tuple | str) and all(name in BLOCKS for name in names)
+            if not names or not known or len(set(names)) < len(names):
                 raise ValueError(f"received the slices {names!r} of {module}, expected some of {', '.join(BLOCKS)}")
         return {module: tuple(names) for module, names in self.fused_slices.items()} if self.fused_slices else None
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it, with the checksum of the bases that were last saved with it."""
-        return super().to_dict() | {"basis_checksum": getattr(self, "saved_checksum", self.basis_checksum)}
+        saved = {"basis_checksum": getattr(self, "saved_checksum", self.basis_checksum)}
+        return super().to_dict() | saved | {"digest": getattr(self, "saved_digest", self.digest)}
+
+    def digest_of(self, entries: dict[str, Tensor]) -> str:
+        """SHA-256 over the entries of a file, in the order of their keys, and the settings that decide the numbers."""
+        slices, settings = sorted((self.fused_slices or {}).items()), (self.init, self.share_basis, self.quant_bits)
+        decides = [self.r, self.numbers, float(self.nola_alpha), self.basis_seed, self.basis_distribution, slices]
+        digest = hashlib.sha256(repr((decides, settings)).encode())
+        for key, value in sorted(entries.items()):
+            digest.update(repr((key, value.dtype, tuple(value.shape))).encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Write adapter_config.json, and into README.md how the adapter is loaded."""

@@ -8,6 +8,7 @@ L = 2^(b-1) - 1, m = max|c|, n_i = round(c_i L / m), c^_i = (n_i / L) m (NOLA's 
 missing: 127 for 8 and 7 for 4 bits are in the second). As m itself is a level, quantising again changes nothing.
 """
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Float, Int8, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from limbeck.adapters.basis import Bank, Stream
@@ -92,6 +93,45 @@ def from_rows(
     numbers = [unpacked(pack, bits, number) for pack, (_, number) in zip(packs, shapes, strict=True)]
     scales = scales.reshape(-1).clone().view(torch.float32).view(-1, 2).unbind(1)
     return [dequantised(part, scale, bits, dtype) for part, scale in zip(numbers, scales, strict=True)]
+
+
+@functools.cache
+def _read_back(kind: str, width: int, block: int, dtype: torch.dtype, device: torch.device) -> float:
+    """How far bitsandbytes' readings and products of rows in four bits are from its own code book, as a part of 1."""
+    from bitsandbytes import functional, matmul_4bit  # noqa: PLC0415
+
+    values = torch.arange(5.0 * width)  # of other scales in each block, as a scale is what may be taken from another
+    weight = (torch.sin(values * 1.7 + 0.3) * 0.6 ** (values // 32 % 5)).view(5, width).to(device)
+    packed, state = functional.quantize_4bit(weight.to(dtype), blocksize=block, quant_type=kind)
+    pairs = packed.view(-1)
+    numbers = torch.stack([pairs >> 4, pairs & 15], 1).view(-1)[: weight.numel()].long()
+    twin = (state.code[numbers] * state.absmax.repeat_interleave(block)[: weight.numel()]).view(5, width).float()
+    x = weight.flip(1).to(dtype)
+    off = [(twin - weight).abs().max() - 0.2]  # a half of the largest gap between levels is 1/6
+    off.append((functional.dequantize_4bit(packed, state).float() - twin).abs().max())
+    off += [
+        (matmul_4bit(some, packed.t(), state).float() - some.float() @ twin.t()).abs().max() / width
+        for some in (x, x[:1])
+    ]
+    return max(map(float, off))
+
+
+def require_read_back(layer: nn.Module, key: str) -> None:
+    """Raise ValueError for a layer in four bits, named `key`, that bitsandbytes reads back wrong on this processor.
+
+    Its 0.50 does so with AVX-512 where rows are no whole blocks. A small twin is compared once for each kind of layer.
+    """
+    weight = getattr(layer, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is None or weight.dtype == torch.int8 or weight.device.type == "meta":
+        return
+    off = _read_back(state.quant_type, layer.in_features, state.blocksize, state.dtype, weight.device)
+    if off > 0.02:
+        raise ValueError(
+            f"received {key} of {layer.in_features} inputs in {state.quant_type}, which bitsandbytes reads back off by "
+            f"{off:.2g} of its scale on this {weight.device.type}, expected at most 0.02: take rows of a multiple of "
+            f"{state.blocksize}, or another version"
+        )
 
 
 class _Combine(torch.autograd.Function):

@@ -64,45 +64,6 @@ def _placed(columns: list[Tensor], blocks: tuple[str, ...] | None) -> Float[Tens
     return torch.cat([columns_by_block.get(block, torch.zeros_like(columns[0])) for block in BLOCKS], -1)
 
 
-@functools.cache
-def _read_back(kind: str, width: int, block: int, dtype: torch.dtype, device: torch.device) -> float:
-    """How far bitsandbytes' readings and products of rows in four bits are from its own code book, as a part of 1."""
-    from bitsandbytes import functional, matmul_4bit  # noqa: PLC0415
-
-    values = torch.arange(5.0 * width)  # of other scales in each block, as a scale is what may be taken from another
-    weight = (torch.sin(values * 1.7 + 0.3) * 0.6 ** (values // 32 % 5)).view(5, width).to(device)
-    packed, state = functional.quantize_4bit(weight.to(dtype), blocksize=block, quant_type=kind)
-    pairs = packed.view(-1)
-    numbers = torch.stack([pairs >> 4, pairs & 15], 1).view(-1)[: weight.numel()].long()
-    twin = (state.code[numbers] * state.absmax.repeat_interleave(block)[: weight.numel()]).view(5, width).float()
-    x = weight.flip(1).to(dtype)
-    off = [(twin - weight).abs().max() - 0.2]  # a half of the largest gap between levels is 1/6
-    off.append((functional.dequantize_4bit(packed, state).float() - twin).abs().max())
-    off += [
-        (matmul_4bit(some, packed.t(), state).float() - some.float() @ twin.t()).abs().max() / width
-        for some in (x, x[:1])
-    ]
-    return max(map(float, off))
-
-
-def require_read_back(layer: nn.Module, key: str) -> None:
-    """Raise ValueError for a layer in four bits, named `key`, that bitsandbytes reads back wrong on this processor.
-
-    Its 0.50 does so with AVX-512 where rows are no whole blocks. A small twin is compared once for each kind of layer.
-    """
-    weight = getattr(layer, "weight", None)
-    state = getattr(weight, "quant_state", None)
-    if state is None or weight.dtype == torch.int8 or weight.device.type == "meta":
-        return
-    off = _read_back(state.quant_type, layer.in_features, state.blocksize, state.dtype, weight.device)
-    if off > 0.02:
-        raise ValueError(
-            f"received {key} of {layer.in_features} inputs in {state.quant_type}, which bitsandbytes reads back off by "
-            f"{off:.2g} of its scale on this {weight.device.type}, expected at most 0.02: take rows of a multiple of "
-            f"{state.blocksize}, or another version"
-        )
-
-
 class NolaLayer(nn.Module, BaseTunerLayer):
     """A frozen layer and the coefficients of its adapters: alpha [matrix, k] and beta [matrix, l] each.
 
@@ -141,6 +102,7 @@ class NolaLayer(nn.Module, BaseTunerLayer):
             )
         names = [f"{key}.{block}" for block in blocks] if blocks else [key]
         width = out // len(BLOCKS) if blocks else out
+        self._require_use(config, key, width)
         self.nola_factors[adapter_name] = self._new_factors(config, names, width, bank)
         self.scaling[adapter_name], self.blocks[adapter_name] = config.nola_alpha / config.r, blocks
         weight = self.get_base_layer().weight
@@ -152,6 +114,16 @@ class NolaLayer(nn.Module, BaseTunerLayer):
         bits = config.quant_bits
         self.nola_coefficients[adapter_name] = PackedCoefficients(*start, bits) if bits else Coefficients(*start)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _require_use(self, config: NolaConfig, key: str, width: int) -> None:
+        """Raise ValueError for more than any matrix needs: a stranger's config may ask for any amount of memory."""
+        most = max(self.in_features, width)
+        most_rank, most_basis = max(1024, most), max(2**16, config.r * most)
+        if config.r > most_rank or max(config.numbers) > most_basis:
+            raise ValueError(
+                f"received r {config.r} and num_basis {config.num_basis} for {key} of {self.in_features} inputs and "
+                f"{width} outputs, expected at most {most_rank} and {most_basis}: more make no other updates"
+            )
 
     def _new_factors(self, config: NolaConfig, names: list[str], width: int, bank: Bank) -> tuple[Factor, Factor]:
         """A and B of matrices [in, width]. Shared bases have their shape as key, others the name of their matrix."""

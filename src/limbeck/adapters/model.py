@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from limbeck.adapters import checkpoint
 from limbeck.adapters.basis import Bank
 from limbeck.adapters.config import NolaConfig, NolaType
-from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear, require_read_back
+from limbeck.adapters.factor import require_read_back
+from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
 
 _BY_ADAPTER = re.compile(rf"\.({checkpoint.COEFFICIENTS}|modules_to_save)\.")  # what follows is an adapter's name
 _HEADS = {"classifier", "score", "qa_outputs"}  # PEFT itself adds these to modules_to_save, for hosts with one of them
@@ -124,6 +125,8 @@ class NolaModel(BaseTuner):
             raise
 
     def _require_name(self, model: nn.Module, adapter_name: str) -> None:
+        if not adapter_name.isprintable() or re.search(r"[/\\]", adapter_name):
+            raise ValueError(f"received adapter name {adapter_name!r}, expected one of a folder, which it is saved in")
         # Of two adapters, PEFT takes keys with the name of one out of what it saves of the other's modules_to_save.
         keys = [key for key, _ in model.named_modules(prefix="base_model.model") if not _BY_ADAPTER.search(key)]
         parts = {part for key in keys for part in key.split(".")}
@@ -242,7 +245,7 @@ def register() -> None:
     """Enter the config, the tuner and the prefix of its parameters in PEFT's tables.
 
     `register_peft_method` refuses names outside PEFT's own enum, so the entries go where it would put them. PEFT reads
-    the tables by key alone; `tests/adapters/test_register.py` fails where a release changes that.
+    the tables by key, and of the key its `value`; `tests/adapters/test_register.py` fails where a release changes that.
     """
     PEFT_TYPE_TO_CONFIG_MAPPING[NolaType.NOLA] = NolaConfig
     PEFT_TYPE_TO_TUNER_MAPPING[NolaType.NOLA] = NolaModel

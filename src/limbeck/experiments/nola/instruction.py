@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from limbeck import assets, models
-from limbeck.adapters.layer import require_read_back
+from limbeck.adapters.factor import require_read_back
 from limbeck.experiments.nola import arms, frozen_decoder, texts
 from limbeck.experiments.nola.arms import AdapterSettings, Model
 from limbeck.experiments.nola.frozen_decoder import FrozenDecoder, Loop, TextSettings
