@@ -26,6 +26,7 @@ class Given:
         self.data = data
         self.source = torch.Generator().manual_seed(self.one_of(range(1000)))
         self.dtype, self.trouble = self.one_of(DTYPES), self.one_of(TROUBLES)
+        self.autocast = self.one_of((False, False, True))
         self.strided, self.alike = self.one_of((False, True)), self.one_of((True, True, False))
         self.harmless = self.trouble in ("none", "minus_inf", "large")
         self.students, self.teachers, self.size = [], [], 1.0
@@ -37,6 +38,13 @@ class Given:
     @property
     def wide(self):
         return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def product(self):
+        """The dtype of a matrix product of them."""
+        if self.autocast and self.dtype != torch.float64:
+            return torch.bfloat16
+        return self.dtype if self.dtype.is_floating_point else torch.float32
 
     def number(self, *choices):
         """A length, or 0."""

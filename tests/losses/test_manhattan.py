@@ -143,3 +143,20 @@ def test_a_kernel_that_numba_compiled_wrong_is_refused_by_name(kernel, wrong, na
     monkeypatch.setattr(numba, "njit", compiled_wrong(getattr(manhattan, f"_{name}"), wrong))
     with pytest.raises(ValueError, match=rf"received {name} off by .* that numba compiled, expected torch's"):
         manhattan._kernels.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float16,) * 2]
+)
+def test_unequal_and_low_dtypes_meet_in_float32_or_wider(dtypes):
+    source = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(n, 9, generator=source).to(d) for n, d in zip((3, 4), dtypes, strict=True))
+    student.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = manhattan.Manhattan.apply(student, teacher)
+    assert found.dtype == torch.promote_types(torch.promote_types(*dtypes), torch.float32)
+    exact = (student.detach().double()[:, None] - teacher.double()).abs().sum(-1)
+    torch.testing.assert_close(found.detach().double(), exact, atol=1e-5, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert gradient.dtype == student.dtype
+    assert torch.equal(gradient.double(), (student.detach().double()[:, None] - teacher.double()).sign().sum(1))

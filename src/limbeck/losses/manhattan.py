@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from limbeck.losses.masking import wide
+
 WIDTH, BLOCK = 2048, 2**20  # torch: classes at a time, and elements in all of the temporary, 4 MB in float32
 CHUNK = 512  # kernels: classes at a time, so that some hundred rows fit the second cache
 WORTH = 2**23  # students x teachers x classes from which on the kernels pay for their threads
@@ -150,8 +152,8 @@ class Manhattan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor) -> Tensor:
-        """The distances."""
-        student, teacher = student.contiguous(), teacher.contiguous()
+        """The distances, in float32 or wider."""
+        student, teacher = (x.contiguous() for x in wide(student, teacher))
         if _pays(student, teacher):
             fours = _fours(teacher)
             cost = student.new_zeros(len(student), len(fours))
