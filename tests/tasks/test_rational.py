@@ -67,6 +67,10 @@ def test_expressions_have_the_values_that_python_computes():
         ("101_2", 5),
         ("77_{8}", 63),
         ("9.", 9),
+        ("0.\\overline{3}", Fraction(1, 3)),
+        ("-0.1\\overline{6}", Fraction(-1, 6)),
+        ("2.\\overline{142857}", Fraction(15, 7)),
+        (".\\overline{09}", Fraction(1, 11)),
     ],
 )
 def test_a_number_is_read_as_it_is_meant(text, value):

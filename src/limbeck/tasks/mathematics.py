@@ -28,7 +28,7 @@ _MOMENTS = (  # dates, and times of the day
     re.compile(r"(?<![\d-])(\d{4})-(\d\d?)-(\d\d?)(?![\d-])", re.ASCII),
     re.compile(r"(?<![\d:.])([01]?\d|2[0-4]):([0-5]\d)(?::([0-5]\d))?(?![\d:])\s*(?:([ap])\.?m\b)?", re.I | re.ASCII),
 )
-_FORMULA = r"(?:\$\$?[^$]+\$\$?|\\\[.+?\\\]|\\\(.+?\\\))(?:\s*\\?%)?"
+_FORMULA = r"(?:\$\$?(?:\\.|[^$\\])+\$\$?|\\\[.+?\\\]|\\\(.+?\\\))(?:\s*\\?%)?"
 _FORMULAS = rf"{_FORMULA}(?:\s*(?:,|,?\s*and|,?\s*or)\s*{_FORMULA})*"
 _RATIO = re.compile(r"(?<![\d:.])\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+(?![\d:])", re.ASCII)
 
@@ -170,9 +170,8 @@ def _equal_expressions(gold: str, answer: str | None, text: str) -> bool:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, grader, parse, verify  # noqa: PLC0415  (not for all)
 
     grader.sympy_numeric_eq = _equal_values  # its own takes numbers that differ by less than 1e-15 for equal
-    gold_formula, text = (
-        re.sub(r"\s*\\?%\s*\$", "$%", x) for x in (f"${gold}$", text if answer is None else f"${answer}$")
-    )
+    given = text if answer is None else f"${_canonical(answer)}$"
+    gold_formula, text = (re.sub(r"\s*\\?%\s*\$", "$%", x) for x in (f"${_canonical(gold)}$", given))
     options = {"parsing_timeout": None, "raise_on_error": True, "extraction_mode": "first_match"}
     latex = LatexExtractionConfig(boxed_match_priority=0)
     expected = parse(gold_formula, [latex], **options)
@@ -181,6 +180,17 @@ def _equal_expressions(gold: str, answer: str | None, text: str) -> bool:
         raise ValueError(f"received the gold answer {gold!r}, expected one that math-verify reads; it read {expected}")
     answers = parse(text, [latex, ExprExtractionConfig()] if answer is None else [latex], **options)
     return verify(expected, answers, timeout_seconds=None, raise_on_error=True)
+
+
+def _canonical(formula: str) -> str:
+    """A number of ordinary size as a fraction of digits, another formula as it is."""
+    try:
+        value = number(formula)
+    except OverflowError as error:
+        raise ValueError(f"received {formula!r:.200}: {error}") from None
+    if value is None or max(map(abs, value.as_integer_ratio())) > 10**1000:
+        return formula
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else str(value)
 
 
 def _equal_values(one: Any, other: Any, *_: object) -> bool:

@@ -1,7 +1,7 @@
 """Rational numbers as texts write them, plainly or in LaTeX: the one grammar of all tasks, and exact arithmetic.
 
 By recursive descent over tokens, never through Python's or sympy's evaluation. Sizes are bounded before anything is
-computed, so that no text takes long or much memory. Left out: decimals that repeat, scientific notation (`1e3`).
+computed, so that no text takes long or much memory. Left out: scientific notation (`1e3`).
 """
 
 import re
@@ -12,6 +12,7 @@ _MARK = r"(?:\{,\}|,\\!|\\[,;]|[\u2009\u202f])"  # what stands between thousands
 NUMBER = rf"(?:\d{{1,3}}(?:(?:,|{_MARK})\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _TOKEN = re.compile(rf"\s*({NUMBER}|\\frac|[-+*/^_!(){{}}])", re.ASCII)
 _SPELLINGS = (
+    (r"(\d*)\.(\d*)\\overline\{(\d+)\}", lambda match: _repeating(*match.groups())),
     (r"\\(?:left|right|displaystyle)(?![a-z])", ""),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
@@ -56,7 +57,9 @@ def literal(text: str) -> Fraction | None:
 def number(text: str) -> Fraction | None:
     """The rational number that a text is, exactly: digits and operators, plain or in LaTeX; None for any other text.
 
-    It reads thousands (`1,234`, `1{,}234`), points, `+ - * / ^ !`, `\\frac`, `3\\frac{1}{2}`, `1 1/2`, bases (`101_2`).
+    It reads thousands (`1,234`, `1{,}234`), points, `0.\\overline{3}`, `+ - * / ^ !`, `\\frac`, `3\\frac{1}{2}`,
+    `1 1/2` and bases (`101_2`).
+
     Raises OverflowError for one with a part of more than 2^16 bits, such as 9999999!.
     """
     text = plain(text)
@@ -76,6 +79,12 @@ def number(text: str) -> Fraction | None:
     except (IndexError, SyntaxError, ZeroDivisionError, RecursionError):
         return None
     return None if tokens else value
+
+
+def _repeating(whole: str, first: str, again: str) -> str:
+    """0.1666... as a fraction, of `0`, `1` and `6`."""
+    above = int(f"{whole}{first}{again}") - int(f"0{whole}{first}")
+    return f"(\\frac{{{above}}}{{{(10 ** len(again) - 1) * 10 ** len(first)}}})"
 
 
 def _took(tokens: list[str], *expected: str) -> str:
