@@ -8,7 +8,6 @@ Left out: dropout, as in `models`; models come in evaluation mode.
 """
 
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -117,9 +116,8 @@ def _dequantised(name: str) -> Path:
     target = paths.DATA / "processed" / f"{name}-{assets.checksum(name)[:8]}"
     if not target.is_dir():
         (file,) = assets.path(name).glob("*.gguf")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as temporary:
-            finished = Path(temporary, name)
+        with paths.scratch(target.parent, name) as temporary:
+            finished = temporary / name
             _convert(file, finished)
             try:
                 finished.rename(target)
