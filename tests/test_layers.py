@@ -26,7 +26,7 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "models": {"adapters", "assets", "paths", "seeding"},
     "tasks": {"assets", "params", "seeding"},
     "sampling": {"models", "seeding"},
-    "training": {"losses", "models", "sampling"},
+    "training": {"losses", "models", "paths", "sampling"},
     "evaluation": {"models", "tasks"},
     "exhibits": {"paths", "records"},
     "experiments": {"definitions", "digests", "models", "params", "paths", "records"},
