@@ -97,7 +97,7 @@ pipeline: $(READY)  ## write digests.json, both dvc.yaml and metrics.json from c
 readme: $(READY)  ## renew the claims in README.md and results/*.md from the exhibits
 	python -m limbeck.exhibits.readme
 
-torture: $(READY)  ## kill, fill the disk, run twice: each kind of stage, in a temporary copy; what was lost (about 20 minutes)
+torture: $(READY)  ## kill, fill the disk, run twice: each kind of stage, in a temporary copy; what was lost (about an hour)
 	python tests/torture.py
 
 clean:  ## delete the environment and what was trained, not what was fetched

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -223,7 +224,10 @@ def orphans() -> list[int]:
 
 
 def held_locks() -> list[str]:
-    """The locks that somebody holds: ours by flock, and DVC's entries of readers and writers."""
+    """The locks that somebody holds: ours by flock, and DVC's entries of readers and writers that live.
+
+    DVC keeps an entry of a dead one until it would block.
+    """
     held = []
     for path in [*paths.DATA.rglob("*.lock"), *(paths.ROOT / ".dvc" / "tmp").glob("lock")]:
         with path.open("a") as file:
@@ -233,7 +237,11 @@ def held_locks() -> list[str]:
                 held.append(str(path))
     rwlock = paths.ROOT / ".dvc" / "tmp" / "rwlock"
     told = json.loads(rwlock.read_text() or "{}") if rwlock.is_file() else {}
-    return held + [f"{rwlock}: {name}" for name, entries in told.items() if entries]
+    return held + [f"{rwlock}: {pid}" for pid in re.findall(r'"pid": (\d+)', json.dumps(told)) if alive(int(pid))]
+
+
+def alive(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
 
 
 def half_written() -> list[str]:
