@@ -18,7 +18,7 @@ $(shell printf '[core]\n    no_scm = true\n' > .dvc/config.local)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce compare test smoke figures full bench reseal lab docs lint pipeline readme clean
+.PHONY: help reproduce compare test smoke figures full bench reseal lab docs lint pipeline readme torture clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -96,6 +96,9 @@ pipeline: $(READY)  ## write digests.json, both dvc.yaml and metrics.json from c
 
 readme: $(READY)  ## renew the claims in README.md and results/*.md from the exhibits
 	python -m limbeck.exhibits.readme
+
+torture: $(READY)  ## kill, fill the disk, run twice: each kind of stage, in a temporary copy; what was lost (about an hour)
+	python tests/torture.py
 
 clean:  ## delete the environment and what was trained, not what was fetched
 	rm -rf $(VENV) docs/generated data/site data/checkpoints data/resume data/executed

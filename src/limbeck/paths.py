@@ -5,10 +5,15 @@ error with its path.
 """
 
 import builtins
+import contextlib
+import errno
 import json
 import math
 import os
-from collections.abc import Hashable
+import re
+import shutil
+import tempfile
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +80,57 @@ class _Strict(yaml.SafeLoader):
 
 
 _Strict.add_constructor("tag:yaml.org,2002:float", _Strict.construct_yaml_float)
+
+
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary name beside a file, renamed to it at the end: it is written whole or not at all.
+
+    What killed processes left under such names goes first. Raises OSError, with the file and a remedy, where the disk
+    is full or read-only.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _clear(file.parent, file.name)
+        yield temporary
+        os.replace(temporary, file)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        remedy = "nothing was changed; make room for it, or let it be written, and run again"
+        raise OSError(error.errno, f"{error.strerror}: {remedy}", str(file)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def scratch(folder: Path, name: str) -> Iterator[Path]:
+    """A temporary folder inside another; those that killed processes left under the same name go first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder, name)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.{os.getpid()}.") as temporary:
+        yield Path(temporary)
+
+
+def _clear(folder: Path, name: str) -> None:
+    """Delete the temporary files and folders of a name whose process, told in theirs, is gone."""
+    for left in folder.iterdir():
+        match = re.fullmatch(rf"\.{re.escape(name)}\.(\d{{1,9}})(\..+)?", left.name)
+        if match and not _runs(int(match[1])):
+            with contextlib.suppress(OSError):  # another process may clear too
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def by_hand() -> bool:

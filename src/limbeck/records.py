@@ -7,7 +7,6 @@ claims with their verdicts, and the table shown.
 
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -232,14 +231,9 @@ def read_exhibit(file: Path) -> dict[str, Any]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then a rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    """Write a file whole or not at all."""
+    with paths.replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _line(run: Mapping[str, Any]) -> str:

@@ -265,7 +265,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(experiment):
     experiment.code = "other"
     one = ledger.Ledger("p", "toy", "default")
     lock = one.resume / f"{one.hash(one.cells[0])}.lock"
-    with ledger._lock(lock, wait=False) as mine:
+    with ledger.lock(lock, wait=False) as mine:
         assert mine
         assert not one._claim_and_run(one.cells[0])
     assert experiment.go()[0] == ALL

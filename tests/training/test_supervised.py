@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 
 import pytest
@@ -141,7 +142,7 @@ def test_an_interrupted_write_leaves_the_old_state_whole(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(resume.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         resume.write_tensors(tmp_path / "state", {"x": torch.zeros(2)})
     with safe_open(tmp_path / "state", "pt") as file:

@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -39,13 +39,14 @@ def run(paper: str, experiment: str, profile: str) -> list[dict[str, Any]]:
     """Bring every cell of an experiment up to date and return all its records, in the order of the cells.
 
     A notebook run by hand trains with the profile `smoke` alone, which is not in git; of others it shows the records.
-    Raises ValueError for bad parameters, before anything is written.
+    Raises ValueError for bad parameters, before anything is written, and where the records could not be written.
     """
     if paths.by_hand() and profile != "smoke":
         train = f"notebooks/{paper}/train.ipynb experiment={experiment} profile={profile}"
         sys.stdout.write(f"Shown from records; `python -m limbeck.workflow.notebooks {train}` trains them.\n")
         return records.read(paper, experiment, profile)
     ledger = Ledger(paper, experiment, profile)
+    ledger.check_writable()
     count = min(ledger.settings.workers, len(ledger.stale())) - 1
     command = [sys.executable, "-m", __name__, paper, experiment, profile, str(os.getpid())]
     environment = os.environ | {"PYTHONPATH": str(paths.ROOT / "src"), "TQDM_DISABLE": "1"}
@@ -106,6 +107,13 @@ class Ledger:
         lost = [c for c in self.cells if not all((self.checkpoints / name).is_file() for name in c.checkpoint_files)]
         return [cell for cell in self.cells if cell in missing or (missing and cell in lost)]
 
+    def check_writable(self) -> None:
+        """Raise ValueError where results/ or data/ is read-only: a training that cannot be recorded does not begin."""
+        for place in (self.file, self.checkpoints, self.resume):
+            folder = next(folder for folder in place.parents if folder.is_dir())
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"received {folder}, which is read-only, expected to write {place}: let it be written")
+
     def work(self, parent: int | None = None) -> None:
         """Run stale cells until none is left; one whose wave has not come, or that another process runs, can wait.
 
@@ -117,11 +125,16 @@ class Ledger:
                 if cell.wave == min(other.wave for other in stale) and self._claim_and_run(cell):
                     break
             else:
+                self._check_parent()
                 time.sleep(_WAIT)
+
+    def _check_parent(self) -> None:
+        if self.parent is not None and os.getppid() != self.parent:
+            sys.exit("the process that this one helped is gone")
 
     def _claim_and_run(self, cell: Cell) -> bool:
         """Run a cell unless another process is at it or has just settled it; whether it was run."""
-        with _lock(self.resume / f"{self.hash(cell)}.lock", wait=False) as mine:
+        with lock(self.resume / f"{self.hash(cell)}.lock", wait=False) as mine:
             if not mine or cell not in self.stale():
                 return False
             state = self.resume / self.hash(cell) / "state.safetensors"
@@ -138,8 +151,7 @@ class Ledger:
         with tqdm(desc=label, unit="step", mininterval=1.0, dynamic_ncols=True, file=sys.stderr) as bar:
 
             def on_step(step: dict[str, Any]) -> None:
-                if self.parent is not None and os.getppid() != self.parent:
-                    sys.exit("the process that this one helped is gone")
+                self._check_parent()
                 bar.total = step["steps"]
                 bar.update(step["step"] - bar.n)
 
@@ -169,7 +181,8 @@ class Ledger:
             self._write({cell: record for cell, record in self.measured().items() if cell in named})
             self._list(self.settled() & {self.hash(cell) for cell in self.cells})
         if self.is_of_this_code():
-            records.end_awaiting("{profile}/{paper}/{experiment}".format(**self.identity))
+            with lock(paths.DATA / "resume" / "awaiting.lock", wait=True):  # of all experiments
+                records.end_awaiting("{profile}/{paper}/{experiment}".format(**self.identity))
         shutil.rmtree(self.resume, ignore_errors=True)
 
     def is_of_this_code(self) -> bool:
@@ -188,7 +201,7 @@ class Ledger:
 
     def _merging(self) -> contextlib.AbstractContextManager[bool]:
         """The lock of whoever changes the file, on any device; it outlives `prune`."""
-        return _lock(self.resume.with_name("merge.lock"), wait=True)
+        return lock(self.resume.with_name("merge.lock"), wait=True)
 
     def _write(self, measured: dict[frozenset, dict[str, Any]]) -> None:
         """Write the records in the order of the cells; those of cells that are no longer named come last."""
@@ -201,16 +214,22 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
+def lock(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold an advisory lock, which ends with the process; yields False, at once, if it is taken and we do not wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with _opened(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
             return
         yield True
+
+
+def _opened(path: Path) -> TextIO:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process, which has ended, deletes the folder
+            return path.open("w")
 
 
 if __name__ == "__main__":

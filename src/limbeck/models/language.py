@@ -9,7 +9,6 @@ Left out: dropout, as in `models`; models come in evaluation mode.
 
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -201,9 +200,8 @@ def _dequantised(name: str) -> Path:
     target = paths.DATA / "processed" / f"{name}-{assets.checksum(name)[:8]}"
     if not target.is_dir():
         (file,) = paths.visible(assets.path(name), "*.gguf")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as temporary:
-            finished = Path(temporary, name)
+        with paths.scratch(target.parent, name) as temporary:
+            finished = temporary / name
             _convert(file, finished)
             (finished / _SUMS).write_text(json.dumps(_sums(finished)), encoding="utf-8")
             try:

@@ -10,7 +10,6 @@ another's place is refused. A file without a checksum is read as it is.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from limbeck import paths
 
 _SEAL = "sha256"
 
@@ -68,15 +69,10 @@ def load(path: Path, parameters: dict[str, nn.Parameter], optimiser: torch.optim
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file with its checksum, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     told, place = metadata or {}, _place(path)  # one key more: of several, safetensors writes an order that changes
-    try:
+    with paths.replacing(path) as temporary:
         save_file(plain, temporary, told | {_SEAL: f"{_checksum(plain, told, place)} {place}"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(

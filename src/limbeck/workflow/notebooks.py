@@ -25,6 +25,7 @@ import yaml
 from IPython.core.inputtransformer2 import TransformerManager
 
 from limbeck import digests, paths, records
+from limbeck.experiments.ledger import lock
 from limbeck.workflow import stages
 
 
@@ -85,30 +86,32 @@ def run(path: Path, given: dict[str, Any]) -> Path:
     parameters = check_parameters(notebook, given)
     of_paper = path.parent.parent == paths.NOTEBOOKS
     name = f"{parameters['experiment']}-{path.stem}" if "experiment" in parameters else path.stem
-    before = stages.inputs(path, parameters) if of_paper else {}
     raw = paths.DATA / "executed" / parameters.get("profile", "") / path.parent.name / f"{name}.ipynb"
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, raw)
-    started = time.monotonic()
-    _execute(raw, given)
-    seconds = time.monotonic() - started
-    after = stages.inputs(path, parameters) if of_paper else {}
-    if changed := [name for name, checksum in after.items() if before.get(name) != checksum]:
-        raise ValueError(
-            f"{', '.join(changed)} changed while {name} ran; its results may mix old and new: run it again"
-        )
-    executed, results = raw, paths.RESULTS / parameters.get("profile", "")
-    if of_paper:
-        place = results / "provenance" / path.parent.name / f"{name}.json"
-        records.replace_text(place, _provenance(before, seconds, place))
-        executed = raw if "experiment" in parameters else results / "executed" / path.parent.name / path.name
-    records.replace_text(executed, canonical(nbformat.read(raw, as_version=4)))
-    return executed
+    with lock(raw.with_name(f".{name}.lock"), wait=True):  # two runs at once would mix in one file
+        before = stages.inputs(path, parameters) if of_paper else {}
+        nbformat.write(notebook, raw)
+        started = time.monotonic()
+        _execute(raw, given)
+        seconds = time.monotonic() - started
+        after = stages.inputs(path, parameters) if of_paper else {}
+        if changed := [name for name, checksum in after.items() if before.get(name) != checksum]:
+            raise ValueError(
+                f"{', '.join(changed)} changed while {name} ran; its results may mix old and new: run it again"
+            )
+        executed, results = raw, paths.RESULTS / parameters.get("profile", "")
+        if of_paper:
+            place = results / "provenance" / path.parent.name / f"{name}.json"
+            records.replace_text(place, _provenance(before, seconds, place))
+            executed = raw if "experiment" in parameters else results / "executed" / path.parent.name / path.name
+        records.replace_text(executed, canonical(nbformat.read(raw, as_version=4)))
+        return executed
 
 
 def _execute(raw: Path, given: dict[str, Any]) -> None:
     """Run a notebook where it lies, in a kernel that knows itself to be the runner's."""
-    with mock.patch.dict(os.environ, {paths.RUNNER: "1", "JUPYTER_PREFER_ENV_PATH": "1"}):
+    told = {paths.RUNNER: "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    runtime = paths.scratch(raw.parent, f"{raw.stem}.kernel")  # of a kernel that is killed nothing stays elsewhere
+    with runtime as folder, mock.patch.dict(os.environ, told | {"JUPYTER_RUNTIME_DIR": str(folder)}):
         papermill.execute_notebook(
             raw,
             raw,

@@ -36,8 +36,9 @@ def is_commit(name: str) -> bool:
 @contextlib.contextmanager
 def worktree(commit: str) -> Iterator[Path]:
     """A worktree of a commit, with the assets, for as long as it is needed."""
-    with tempfile.TemporaryDirectory(prefix="limbeck-") as folder:
-        tree = Path(folder).resolve() / commit[:12]
+    with paths.scratch(Path(tempfile.gettempdir()), "limbeck-tree") as folder:
+        git("worktree", "prune")  # a killed reseal's
+        tree = folder.resolve() / commit[:12]
         git("worktree", "add", "--quiet", "--detach", str(tree), commit)
         raw = tree / "data" / "raw"
         raw.parent.mkdir(exist_ok=True)
