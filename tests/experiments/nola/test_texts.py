@@ -90,7 +90,7 @@ def test_what_is_said_is_the_most_probable_token_of_the_whole_text_so_far(make):
     end = spoken[0][2]
     expected = [tuple(row[: row.index(end)] if end in row else row) for row in spoken]
     assert len({len(row) for row in expected}) > 1, "some end, some are cut"
-    assert text_loss.greedy_completions(model, prompts, end=end, longest=6, dtype=torch.float32) == expected
+    assert text_loss.greedy_completions(model, prompts, ends=(end,), longest=6, dtype=torch.float32) == expected
 
 
 def best_texts(model, prompt, *, end, longest, power):
