@@ -1,3 +1,5 @@
+import pytest
+
 from limbeck import paths
 
 
@@ -15,3 +17,17 @@ def test_a_folder_that_is_hidden_itself_is_listed(tmp_path):
     (tmp_path / ".home").mkdir()
     (tmp_path / ".home" / "a").touch()
     assert [file.name for file in paths.visible(tmp_path / ".home")] == ["a"]
+
+
+@pytest.mark.parametrize("text", ["[NaN]", "[-Infinity]", '{"a": 1, "a": 1}', "[" * 100_000])
+def test_json_is_read_strictly(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json: expected JSON"):
+        paths.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("text", ["a: .nan", "a: -.inf", "a: 1\na: 1", "a: !!python/name:os.system"])
+def test_yaml_is_read_strictly(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"a\.yaml: expected YAML"):
+        paths.read_yaml(tmp_path / "a.yaml")
