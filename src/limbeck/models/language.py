@@ -114,6 +114,7 @@ def _source(name: str) -> str:
 def _dequantised(name: str) -> Path:
     """The folder with the float32 copy of an asset's GGUF; made where it is missing, whole or not at all."""
     target = paths.DATA / "processed" / f"{name}-{assets.checksum(name)[:8]}"
+    paths.clear(target.parent, name)
     if not target.is_dir():
         (file,) = assets.path(name).glob("*.gguf")
         with paths.scratch(target.parent, name) as temporary:
