@@ -221,6 +221,7 @@ def _settle(asset: Asset, finished: Path, target: Path) -> None:
 
 def _steps(asset: Asset, folder: Path) -> Iterator[int]:
     """Fetch an asset, yielding the bytes done: the carrier's, then each member's."""
+    paths.clear(folder, asset.name)  # a kill may come between the rename and the end
     if _is_intact(folder / asset.name, asset):
         yield asset.bytes + asset.kept
         return

@@ -92,7 +92,7 @@ def replacing(file: Path) -> Iterator[Path]:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _clear(file.parent, file.name)
+        clear(file.parent, file.name)
         yield temporary
         os.replace(temporary, file)
     except OSError as error:
@@ -109,14 +109,14 @@ def replacing(file: Path) -> Iterator[Path]:
 def scratch(folder: Path, name: str) -> Iterator[Path]:
     """A temporary folder inside another; those that killed processes left under the same name go first."""
     folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder, name)
+    clear(folder, name)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.{os.getpid()}.") as temporary:
         yield Path(temporary)
 
 
-def _clear(folder: Path, name: str) -> None:
+def clear(folder: Path, name: str) -> None:
     """Delete the temporary files and folders of a name whose process, told in theirs, is gone."""
-    for left in folder.iterdir():
+    for left in folder.glob(".*"):
         match = re.fullmatch(rf"\.{re.escape(name)}\.(\d{{1,9}})(\..+)?", left.name)
         if match and not _runs(int(match[1])):
             with contextlib.suppress(OSError):  # another process may clear too

@@ -198,6 +198,7 @@ def _dequantised(name: str) -> Path:
     Raises ValueError for one whose files have changed since.
     """
     target = paths.DATA / "processed" / f"{name}-{assets.checksum(name)[:8]}"
+    paths.clear(target.parent, name)
     if not target.is_dir():
         (file,) = paths.visible(assets.path(name), "*.gguf")
         with paths.scratch(target.parent, name) as temporary:
