@@ -113,14 +113,15 @@ def test_beams_find_the_text_with_the_largest_log_probability_over_its_length_to
     expected, plain, mean = ([best_texts(model, p, power=power, **options) for p in prompts] for power in (0.8, 0, 1))
     assert expected not in (plain, mean), "the power counts"
     assert len({len(text) for text in expected}) > 1, "some end, some are cut"
-    found = [text_loss.beam_completions(model, prompts, beams=n, dtype=torch.float32, **options) for n in (144, 2)]
+    options = {"ends": (end,), "longest": 3, "dtype": torch.float32}
+    found = [text_loss.beam_completions(model, prompts, beams=n, **options) for n in (144, 2)]
     assert found[0] == expected, "with so many beams, it is exhaustive"
     assert found[1] != expected
 
 
 def test_beams_say_no_four_tokens_twice():
     model, prompt = gpt2(), (3, 4, 5)
-    options = {"end": -1, "longest": 20, "dtype": torch.float32}
+    options = {"ends": (-1,), "longest": 20, "dtype": torch.float32}
 
     def most(text):
         whole = (*prompt, *text)
