@@ -75,15 +75,27 @@ def reports(folder: Path) -> dict[str, Report]:
 
 
 def differences(then: dict[str, Report], today: dict[str, Report]) -> list[str]:
-    """Each cell that did not end, or of which the two differ, with the first things that do."""
+    """Each cell that did not end, or of which the two differ, with the first things that do.
+
+    Tensors of a file that are all there under other names do not differ.
+    """
     lines = []
     for name in sorted(then.keys() | today.keys()):
         old, new = (_flat(side.get(name, {"error": "there is no such cell"})) for side in (then, today))
+        gone, added = (_tensors(one, other) for one, other in ((old, new), (new, old)))
+        same = {*gone, *added} if sorted(gone.values()) == sorted(added.values()) else set()
         parts = [part for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part) or part == "error"]
+        parts = [part for part in parts if part not in same]
         if parts:
             shown = "; ".join(f"{part}: {old.get(part)} then, {new.get(part)} today" for part in parts[:_SHOWN])
             lines.append(f"{name} differs in {len(parts)}: {shown}")
     return lines
+
+
+def _tensors(one: dict[str, str], other: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """The tensors that have a name in one report alone: the file and group they are in, and their content."""
+    named = {part: (part.partition("/")[0], text) for part, text in one.items() if part not in other}
+    return {part: found for part, found in named.items() if "/" in part and found[1].startswith("torch.")}
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
