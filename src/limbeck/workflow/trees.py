@@ -94,8 +94,8 @@ def differences(then: dict[str, Report], today: dict[str, Report]) -> list[str]:
 
 def _tensors(one: dict[str, str], other: dict[str, str]) -> dict[str, tuple[str, str]]:
     """The tensors that have a name in one report alone: the file and group they are in, and their content."""
-    named = {part: (part.partition("/")[0], text) for part, text in one.items() if part not in other}
-    return {part: found for part, found in named.items() if "/" in part and found[1].startswith("torch.")}
+    lost = {part: text for part, text in one.items() if part not in other and text.startswith("torch.")}
+    return {part: (part[: max(part.rfind("/"), part.rfind(" "))], text) for part, text in lost.items()}
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
