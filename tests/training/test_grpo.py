@@ -402,6 +402,20 @@ def test_the_teacher_has_no_say_in_an_end_that_is_none_of_its_own():
     assert metrics["kd/k1"] == pytest.approx(-ratios[part.taught].mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("arm", ["exact", "raw_student_3"])
+def test_nor_where_the_term_reads_all_tokens_of_the_vocabulary(arm):
+    run = make()
+    rollout, losses, _ = on_first_step(run, arm, (9,))
+    scores = run.score(rollout, torch.arange(len(rollout.completions)))
+    student, teacher = (x.detach().log_softmax(-1) for x in (scores.logits, scores.teacher_logits()))
+    each = student.exp() * (student - teacher)
+    if arm != "exact":
+        each = each.gather(-1, student.topk(3).indices)
+    expected = KD * (scores.restored(each.sum(-1)) * rollout.taught).sum() / rollout.mask.sum()
+    assert rollout.taught.sum() < rollout.mask.sum()
+    assert losses["loss/kd"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("arm", ["kdrl", "kd", "k3", "pre", "post", "mean", "response_kept"])
 def test_a_teacher_that_never_writes_the_end_moves_no_arm_that_knows_it(arm):
     class Endless(LlamaForCausalLM):
