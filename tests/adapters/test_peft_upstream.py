@@ -18,7 +18,7 @@ from peft import (
 )
 from peft.utils.hotswap import hotswap_adapter
 from peft.utils.save_and_load import get_base_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -278,16 +278,42 @@ def test_a_sharded_model_has_the_keys_of_a_bare_one(method, one_process):
     assert all(torch.equal(state[key], bare[key]) for key in bare)
 
 
-@BOTH
-def test_hotswapping_works_or_is_refused_before_anything_is_changed(method, tmp_path):
+@METHODS
+def test_an_adapter_is_hotswapped_for_another(method, tmp_path):
     model, other = trained(method), trained(method, seed=1)
     other.save_pretrained(str(tmp_path))
     before = outputs(model)
-    if method == "lora":
-        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
-        assert torch.equal(outputs(model), outputs(other))
-        return
-    with pytest.raises(ValueError, match="Hotswapping only supports LORA but NOLA was passed"):
+    hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    assert torch.equal(outputs(model), outputs(other))
+    assert not torch.equal(outputs(model), before)
+
+
+def test_an_adapter_of_other_bases_rank_and_scale_is_hotswapped_too_and_goes_on_training(tmp_path):
+    model = trained("nola").train()
+    other = trained("nola", seed=1, basis_seed=5, r=3, num_basis=7, nola_alpha=11)
+    other.save_pretrained(str(tmp_path / "other"))
+    trains = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    hotswap_adapter(model, str(tmp_path / "other"), "default", torch_device="cpu")
+    assert torch.equal(outputs(model.eval()), outputs(other))
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == trains
+    model.save_pretrained(str(tmp_path / "again"))
+    again = PeftModel.from_pretrained(tiny_hosts.host("llama"), str(tmp_path / "again"))
+    assert torch.equal(outputs(again), outputs(other))
+
+
+@pytest.mark.parametrize("fault", ["merged", "other modules", "damaged"])
+def test_a_hotswap_that_cannot_be_leaves_the_adapter_as_it_was(fault, tmp_path):
+    model = trained("nola")
+    other = trained("nola", seed=1, **({"target_modules": ["v_proj"]} if fault == "other modules" else {}))
+    other.save_pretrained(str(tmp_path))
+    if fault == "damaged":
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        key = next(key for key in tensors if key.endswith("nola_coefficients.a"))
+        save_file(tensors | {key: tensors[key] + 1}, tmp_path / "adapter_model.safetensors")
+    if fault == "merged":
+        model.merge_adapter()
+    before, messages = outputs(model), {"merged": "is merged into", "damaged": "digest", "other modules": "without"}
+    with pytest.raises(ValueError, match=messages[fault]):
         hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
     assert torch.equal(outputs(model), before)
 

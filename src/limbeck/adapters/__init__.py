@@ -3,7 +3,7 @@
 from limbeck.adapters.baselines import attach_pranc
 from limbeck.adapters.checkpoint import quantise, to_lora
 from limbeck.adapters.config import NolaConfig
-from limbeck.adapters.model import register
+from limbeck.adapters.peft_tables import register
 
 register()
 

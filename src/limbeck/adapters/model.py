@@ -6,14 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
-from peft.tuners import mixed
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -22,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from limbeck.adapters import checkpoint
 from limbeck.adapters.basis import Bank
-from limbeck.adapters.config import NolaConfig, NolaType
+from limbeck.adapters.config import NolaConfig
 from limbeck.adapters.factor import require_read_back
 from limbeck.adapters.layer import NolaConv2d, NolaLayer, NolaLinear
 
@@ -239,35 +231,3 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, NolaLayer) and not layer.nola_factors:
             model.set_submodule(name, layer.base_layer)
-
-
-def register() -> None:
-    """Enter the config, the tuner and the prefix of its parameters in PEFT's tables.
-
-    `register_peft_method` refuses names outside PEFT's own enum, so the entries go where it would put them. PEFT reads
-    the tables by key, and of the key its `value`; `tests/adapters/test_register.py` fails where a release changes that.
-    """
-    PEFT_TYPE_TO_CONFIG_MAPPING[NolaType.NOLA] = NolaConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[NolaType.NOLA] = NolaModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[NolaType.NOLA] = NolaModel.prefix
-    if NolaType.NOLA not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING:
-        PEFT_TYPE_TO_MIXED_MODEL_MAPPING[NolaType.NOLA] = NolaModel
-        _enter_mixed_models()
-
-
-def _enter_mixed_models() -> None:
-    """Let NOLA lie over and under the methods that PEFT mixes in one model, whose names are its module's constants."""
-    for module in (mixed, mixed.model):
-        module.COMPATIBLE_TUNER_TYPES += (NolaType.NOLA,)
-    mixed.model.PREFIXES.append(NolaModel.prefix)
-    mixed.model.Layers += (NolaLayer,)
-    mixed.model.Configs |= NolaConfig
-    create = mixed.MixedModel._create_and_replace
-
-    def create_and_replace(self: mixed.MixedModel, config: PeftConfig, *args: Any, current_key: str) -> None:
-        if isinstance(config, NolaConfig):  # a second adapter's key has PEFT's prefix, which names no bases
-            NolaModel._create_and_replace(self, config, *args, current_key.removeprefix(checkpoint.PREFIX))
-        else:
-            create(self, config, *args, current_key=current_key)
-
-    mixed.MixedModel._create_and_replace = create_and_replace
