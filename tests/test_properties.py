@@ -653,8 +653,41 @@ def _(g):
     else:
         refused(training.require_one_vocabulary, Words("ab"), Words(words))
     other = Words("ab")
-    other.eos_token = "b"
+    other.eos_token = "b"  # what ends a text may differ
+    training.require_one_vocabulary(Words("ab"), other)
+    other.pad_token = "b"
     refused(training.require_one_vocabulary, Words("ab"), other)
+
+
+@check("limbeck.models.evaluating")
+def _(g):
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 2)).train(g.one_of((True, False)))
+    model[0].train(g.one_of((True, False)))
+    modes = [module.training for module in model.modules()]
+    with models.evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+
+
+@check("limbeck.models.agrees")
+def _(g):
+    dtype, gap = g.one_of((torch.float64, torch.float32, torch.bfloat16)), g.one_of((0.0, 0.25, math.nan))
+    logits = torch.tensor([1.0, -torch.inf, -4.0], dtype=dtype)
+    other, tolerance = logits + gap, g.one_of((0.0, 0.1))
+    expected = gap == 0 or (gap == 0.25 and tolerance == 0.1)  # 0.1 of the largest, 4
+    assert models.agrees(torch.nn.Linear(1, 1), "it", lambda: other, lambda: logits, tolerance=tolerance) == expected
+    assert not models.agrees(torch.nn.Linear(1, 1), "it", lambda: logits[:2], lambda: logits)
+    refused(models.agrees, torch.nn.Linear(1, 1), "it", lambda: logits, iter([logits, logits + 1]).__next__)
+
+
+@check("limbeck.models.likeliest")
+def _(g):
+    rows = g.one_of((1, 3))
+    logits = torch.arange(4.0 * rows).reshape(rows, 4).flip(1).to(g.one_of((torch.float64, torch.bfloat16)))
+    logits[:, 1] = g.one_of((-torch.inf, 0.5))
+    assert models.likeliest(logits).tolist() == [0] * rows
+    logits[rows - 1, 2] = math.nan
+    refused(models.likeliest, logits)
 
 
 @check("limbeck.adapters.NolaConfig")
